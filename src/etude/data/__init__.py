@@ -1,0 +1,1 @@
+"""Dataset formats, chat templates, token batches."""

@@ -1,0 +1,1 @@
+"""Text environments, and the orchestrator that plays many episodes at once."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions, each beside its paper and equation."""

@@ -1,0 +1,1 @@
+"""Foreign models behind one door: loading, value heads, references, attention."""

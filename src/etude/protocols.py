@@ -1,0 +1,93 @@
+"""The page to read first: the five interfaces everything else meets through.
+
+    tasks ─► Environment ◄──► Sampler          text on one side, token ids on the other
+                │   ▲
+                ▼   │
+              Tools
+                │
+                ▼
+             Episode ──► Reward
+
+Environments, tools and samplers are async inside; people call plain functions (`runtime.loop`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from etude.types import Episode, Sampled, SamplingParams
+
+
+class Session(Protocol):
+    """One episode's place in a sampler: the tokens so far and, where there is one, their KV cache."""
+
+    async def sample(self, token_ids: Sequence[int], params: SamplingParams) -> Sampled:
+        """Append `token_ids` to the session, sample a turn, append that too, and return it.
+
+        Only tokens that the session has not seen are passed: the cache is kept between turns.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up the session's cache. Closing twice is fine."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A policy that continues token ids."""
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights in use; grows by one with each update."""
+        ...
+
+    def session(self, *, seed: int) -> Session:
+        """Open a session whose tokens are drawn from the counter-based stream of `seed`."""
+        ...
+
+
+@runtime_checkable
+class Tool(Protocol):
+    """Something a model can call.
+
+    The contract (time-out, output cap, errors as text) is enforced by the caller and not left to the tool.
+    """
+
+    name: str
+    description: str
+    schema: Mapping[str, Any]  # JSON schema of the arguments
+
+    async def __call__(self, arguments: str | Mapping[str, Any]) -> Any:
+        """Run the tool. A string is the tag protocol's single query. Raises whatever the tool raises."""
+        ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Something that scores episodes."""
+
+    name: str
+    weight: float
+
+    async def __call__(self, episodes: Sequence[Episode]) -> list[float | None]:
+        """One score per episode, in order; None where the reward does not apply.
+
+        Raises:
+            RewardError: a score is NaN or infinite, or there are too few or too many.
+        """
+        ...
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """A world in which a model attempts a task."""
+
+    async def play(self, task: Mapping[str, Any], sampler: Sampler, *, seed: int) -> Episode:
+        """Play one episode to its end. The model's mistakes are data, never exceptions."""
+        ...
+
+    async def score(self, episodes: Sequence[Episode]) -> None:
+        """Append each reward to each episode."""
+        ...

@@ -1,0 +1,1 @@
+"""The library's own loop, the run directory, checkpoints, devices."""

@@ -1,0 +1,1 @@
+"""Python functions as tools, and the contract that is enforced on them."""

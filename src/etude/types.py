@@ -1,0 +1,316 @@
+"""The words of the library: episodes, and what they are made of.
+
+An `Episode` is the tokens a model saw and sampled, in order, with what produced each of them. It is
+built once, by appending, and never re-tokenised: rollouts, demonstrations and replayed logs are all
+episodes, so one path leads from any of them to the loss.
+
+Plain dataclasses, no torch. Not covered here: how text becomes tokens (`data`), who samples
+(`sampling`), who plays (`environments`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, TypedDict
+
+Source = Literal["prompt", "model", "tool", "environment"]
+SOURCES: tuple[Source, ...] = ("prompt", "model", "tool", "environment")
+
+
+class Message(TypedDict, total=False):
+    """One message of a conversation, in the form chat templates read."""
+
+    role: str
+    content: str
+    tool_calls: list[dict[str, Any]]
+    name: str
+
+
+class StopReason(StrEnum):
+    """Why an episode ended."""
+
+    SUBMITTED = "submitted"  # the model handed in its answer
+    END_OF_SEQUENCE = "end_of_sequence"  # the model sampled an end-of-sequence token
+    NO_TOOL_CALL = "no_tool_call"  # a turn ended without a tool call and without an answer
+    TURN_TOKENS = "turn_tokens"  # a turn used up `max_new_tokens`
+    MAX_TURNS = "max_turns"
+    MAX_TOKENS = "max_tokens"  # the episode used up `max_length`
+    MAX_TOOL_CALLS = "max_tool_calls"
+    DONE = "done"  # the environment's own `is_done` said so
+    WALL_CLOCK = "wall_clock"
+    PREEMPTED = "preempted"
+    INFRASTRUCTURE = "infrastructure"  # our side failed: a sampler, a server, a bug
+
+
+@dataclass(frozen=True, slots=True)
+class StopPolicy:
+    """What a stop reason means for training.
+
+    Attributes:
+        bootstrap: the value of the last state stands in for the rewards that would have followed.
+        reward: "keep" the reward, "clamp" it to at most 0, or "drop" it (it counts as 0).
+        train: the episode's sampled tokens enter the loss.
+    """
+
+    bootstrap: bool = False
+    reward: Literal["keep", "clamp", "drop"] = "keep"
+    train: bool = True
+
+
+# Limits that hold at evaluation too (turns, tokens, tool calls) are part of the task: terminal, scored
+# as they stand. Only interruptions from outside bootstrap. What our side broke is never trained on.
+STOP_POLICIES: Mapping[StopReason, StopPolicy] = {
+    **{reason: StopPolicy() for reason in StopReason},
+    StopReason.WALL_CLOCK: StopPolicy(bootstrap=True),
+    StopReason.PREEMPTED: StopPolicy(bootstrap=True),
+    StopReason.INFRASTRUCTURE: StopPolicy(reward="drop", train=False),
+}
+
+
+@dataclass(slots=True)
+class Segment:
+    """One run of tokens from one source.
+
+    Attributes:
+        source: who produced it.
+        text: its text, as people and parsers read it.
+        token_ids: its tokens, as the model saw or sampled them.
+        logprobs: for tokens sampled by this run's policy, their log-probabilities at the sampling
+            temperature and no other change of the distribution (nats, one per token).
+        sampling_logprobs: the same under the distribution really sampled from (top-k, top-p,
+            processors); equal to `logprobs` where nothing was cut off.
+        policy_version: version of the weights that sampled it.
+        target: the data says to imitate it (supervised losses).
+    """
+
+    source: Source
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None = None
+    sampling_logprobs: list[float] | None = None
+    policy_version: int | None = None
+    target: bool = False
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"segment source is {self.source!r}; expected one of {', '.join(SOURCES)}")
+        for name in ("logprobs", "sampling_logprobs"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if self.source != "model":
+                raise ValueError(f"a {self.source!r} segment has {name}; only 'model' segments are sampled")
+            if len(values) != len(self.token_ids):
+                raise ValueError(f"segment has {len(self.token_ids)} tokens and {len(values)} {name}")
+
+    @property
+    def sampled(self) -> bool:
+        """True where this run's policy sampled the tokens, at a recorded version.
+
+        A model's tokens that were forced, replayed or written by a person have no log-probabilities
+        and are not sampled.
+        """
+        return self.logprobs is not None
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """One call of a tool: what was asked, what came back, what went wrong.
+
+    Attributes:
+        name: the tool's name as the model wrote it.
+        arguments: what the model passed: a string (tag protocol) or named arguments.
+        response: the text the model was shown.
+        error: None, or the class of failure: "unknown_tool", "malformed", "invalid_arguments",
+            "exception", "timeout", "limit".
+        seconds: wall time of the call.
+        truncated: the response was cut to the cap.
+        turn: index of the model turn that made the call, from 0.
+    """
+
+    name: str | None
+    arguments: str | dict[str, Any] | None
+    response: str
+    error: str | None = None
+    seconds: float = 0.0
+    truncated: bool = False
+    turn: int = 0
+
+
+@dataclass(slots=True)
+class NamedReward:
+    """A reward and who gave it.
+
+    Attributes:
+        name: the reward function's name.
+        value: the score; None means the function does not apply to this episode.
+        weight: its weight in the episode's reward.
+        position: index into the episode's tokens, or None for a terminal reward.
+    """
+
+    name: str
+    value: float | None
+    weight: float = 1.0
+    position: int | None = None
+
+    @property
+    def weighted(self) -> float:
+        return 0.0 if self.value is None else self.weight * self.value
+
+
+@dataclass(slots=True)
+class Episode:
+    """What happened in one attempt at one task, to the token.
+
+    Attributes:
+        task: the task's row: its prompt and whatever columns the dataset has.
+        segments: runs of tokens in order; the first is the prompt.
+        rewards: each named, terminal or at a token.
+        stop: why it ended; None while it is being played.
+        tool_calls: in order.
+        seed: of the counter-based stream that its tokens were drawn from.
+        timings: seconds by name ("sample", "tools", "total").
+        error: what our side broke, for `StopReason.INFRASTRUCTURE`.
+    """
+
+    task: Mapping[str, Any] = field(default_factory=dict)
+    segments: list[Segment] = field(default_factory=list)
+    rewards: list[NamedReward] = field(default_factory=list)
+    stop: StopReason | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    seed: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    def append(self, segment: Segment) -> None:
+        if self.stop is not None:
+            raise ValueError(f"the episode ended ({self.stop}); nothing can be appended to it")
+        self.segments.append(segment)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for segment in self.segments for token in segment.token_ids]
+
+    @property
+    def sampled(self) -> list[bool]:
+        """One flag per token: this run's policy sampled it. For policy-gradient losses."""
+        return [s.sampled for s in self.segments for _ in s.token_ids]
+
+    @property
+    def target(self) -> list[bool]:
+        """One flag per token: the data says to imitate it. For supervised losses."""
+        return [s.target for s in self.segments for _ in s.token_ids]
+
+    @property
+    def text(self) -> str:
+        return "".join(segment.text for segment in self.segments)
+
+    @property
+    def prompt(self) -> str:
+        return "".join(s.text for s in self.segments if s.source == "prompt")
+
+    @property
+    def completion(self) -> str:
+        """What the model wrote, and nothing else: tool text can't forge an answer in it."""
+        return "".join(s.text for s in self.segments if s.source == "model")
+
+    @property
+    def last_model_text(self) -> str:
+        return next((s.text for s in reversed(self.segments) if s.source == "model"), "")
+
+    @property
+    def turns(self) -> int:
+        return sum(s.source == "model" for s in self.segments)
+
+    @property
+    def reward(self) -> float:
+        """Weighted sum of all rewards that apply."""
+        return math.fsum(reward.weighted for reward in self.rewards)
+
+    def spans(self) -> Iterator[tuple[int, int, Segment]]:
+        """(first token, one past the last token, segment) for each segment."""
+        start = 0
+        for segment in self.segments:
+            end = start + len(segment.token_ids)
+            yield start, end, segment
+            start = end
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_json` reads back; task values must be JSON-ready themselves."""
+        return {**asdict(self), "task": dict(self.task)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Episode:
+        return cls(
+            task=data["task"],
+            segments=[Segment(**segment) for segment in data["segments"]],
+            rewards=[NamedReward(**reward) for reward in data["rewards"]],
+            stop=None if data["stop"] is None else StopReason(data["stop"]),
+            tool_calls=[ToolCall(**call) for call in data["tool_calls"]],
+            seed=data["seed"],
+            timings=dict(data["timings"]),
+            error=data["error"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample one turn.
+
+    Attributes:
+        max_new_tokens: at most this many tokens.
+        min_new_tokens: end-of-sequence can't be sampled before this many.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of most probable tokens whose mass reaches p; 1 keeps all.
+        stop: strings that end the turn, kept in its text.
+        eos_token_ids: tokens that end the turn, kept in its tokens.
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; expected >= 0 (0 keeps all tokens)")
+
+
+FinishReason = Literal["stop", "eos", "length"]
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What a sampler returns for one turn: ids, log-probabilities and version travel together.
+
+    Attributes:
+        token_ids: as sampled, the end-of-sequence token included.
+        text: the tokens decoded, without a trailing end-of-sequence token.
+        logprobs, sampling_logprobs: see `Segment`.
+        finish: a stop string ("stop"), an end-of-sequence token ("eos") or the token limit ("length").
+        policy_version: version of the weights at the first token.
+    """
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+    finish: FinishReason
+    policy_version: int
