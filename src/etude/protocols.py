@@ -43,6 +43,11 @@ class Sampler(Protocol):
         """Version of the weights in use; grows by one with each update."""
         ...
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that one session can hold."""
+        ...
+
     def session(self, *, seed: int) -> Session:
         """Open a session whose tokens are drawn from the counter-based stream of `seed`."""
         ...

@@ -11,7 +11,7 @@ Plain dataclasses, no torch. Not covered here: how text becomes tokens (`data`),
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, TypedDict
@@ -82,7 +82,7 @@ class Segment:
             temperature and no other change of the distribution (nats, one per token).
         sampling_logprobs: the same under the distribution really sampled from (top-k, top-p,
             processors); equal to `logprobs` where nothing was cut off.
-        policy_version: version of the weights that sampled it.
+        policy_version: version of this run's weights that sampled it; None if they didn't.
         target: the data says to imitate it (supervised losses).
     """
 
@@ -105,15 +105,19 @@ class Segment:
                 raise ValueError(f"a {self.source!r} segment has {name}; only 'model' segments are sampled")
             if len(values) != len(self.token_ids):
                 raise ValueError(f"segment has {len(self.token_ids)} tokens and {len(values)} {name}")
+        if self.policy_version is not None and self.source != "model":
+            raise ValueError(
+                f"a {self.source!r} segment has a policy version; only 'model' segments are sampled"
+            )
 
     @property
     def sampled(self) -> bool:
         """True where this run's policy sampled the tokens, at a recorded version.
 
-        A model's tokens that were forced, replayed or written by a person have no log-probabilities
-        and are not sampled.
+        A model's tokens that were forced, replayed or written by a person have no version and are not
+        sampled.
         """
-        return self.logprobs is not None
+        return self.policy_version is not None
 
 
 @dataclass(slots=True)
@@ -272,6 +276,8 @@ class SamplingParams:
         top_p: keep the smallest set of most probable tokens whose mass reaches p; 1 keeps all.
         stop: strings that end the turn, kept in its text.
         eos_token_ids: tokens that end the turn, kept in its tokens.
+        processors: logits processors in the form of `transformers`: each takes the row's token ids
+            [1, n] and scores [1, vocabulary] and returns scores.
     """
 
     max_new_tokens: int = 128
@@ -281,12 +287,15 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    processors: tuple[Callable[[Any, Any], Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
+            raise ValueError(
+                f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
         if self.top_k < 0:
@@ -314,3 +323,14 @@ class Sampled:
     sampling_logprobs: list[float]
     finish: FinishReason
     policy_version: int
+
+    def segment(self) -> Segment:
+        """The turn as a segment of an episode."""
+        return Segment(
+            "model",
+            self.text,
+            self.token_ids,
+            logprobs=self.logprobs,
+            sampling_logprobs=self.sampling_logprobs,
+            policy_version=self.policy_version,
+        )

@@ -1,0 +1,121 @@
+"""`TextHistory`: the view of an episode that TRL 0.7.4's users know."""
+
+from __future__ import annotations
+
+import torch
+from rich import print as rich_print
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from etude.reporting.episodes import episode_text, episode_tokens, legend
+from etude.types import Episode, Segment, Source, StopReason
+
+
+class TextHistory:
+    """A view of an `Episode` with the attributes of TRL 0.7.4's `TextHistory`.
+
+    Args:
+        text, tokens: the first segment's text and its token ids [n].
+        system: who wrote it; kept for callers, the first segment is the prompt either way.
+
+    Attributes:
+        episode: what is viewed. `append_segment` appends to it.
+        reward: what `split_query_response_tokens`' response was given.
+    """
+
+    def __init__(self, text: str, tokens: Tensor, system: bool = True) -> None:
+        self._view(Episode(), tokens.device)
+        self._append("prompt", text, tokens)
+        self._first_system = system
+
+    @classmethod
+    def of(cls, episode: Episode, device: torch.device | str = "cpu") -> TextHistory:
+        """View `episode`, its token tensors on `device`."""
+        history = cls.__new__(cls)
+        history._view(episode, torch.device(device))
+        return history
+
+    def _view(self, episode: Episode, device: torch.device) -> None:
+        self.episode = episode
+        self.device = device
+        self.reward: Tensor | float = episode.reward
+        self._first_system = True
+
+    def append_segment(self, text: str, tokens: Tensor, system: bool = True) -> None:
+        """Append a segment: the system's (a tool's answer) or, with `system=False`, the model's.
+
+        Tokens appended as the model's count as sampled by the current policy, as in TRL.
+        """
+        self._append("tool" if system else "model", text, tokens)
+
+    def _append(self, source: Source, text: str, tokens: Tensor) -> None:
+        if len(text) == 0 or len(tokens) == 0:
+            raise ValueError("a segment needs text and tokens; this one has none of one of them")
+        version = 0 if source == "model" else None
+        self.episode.append(Segment(source, text, tokens.tolist(), policy_version=version))
+
+    def complete(self, truncated: bool = False) -> None:
+        self.episode.stop = StopReason.MAX_TOKENS if truncated else StopReason.DONE
+
+    @property
+    def completed(self) -> bool:
+        return self.episode.stop is not None
+
+    @property
+    def truncated(self) -> bool:
+        return self.episode.stop is StopReason.MAX_TOKENS
+
+    @property
+    def text(self) -> str:
+        return self.episode.text
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.tensor(self.episode.token_ids, dtype=torch.long, device=self.device)
+
+    @property
+    def token_masks(self) -> Tensor:
+        """1 where the policy sampled the token, else 0."""
+        return torch.tensor(self.episode.sampled, dtype=torch.long, device=self.device)
+
+    @property
+    def text_spans(self) -> list[tuple[int, int]]:
+        spans, start = [], 0
+        for segment in self.episode.segments:
+            spans.append((start, start + len(segment.text)))
+            start += len(segment.text)
+        return spans
+
+    @property
+    def token_spans(self) -> list[tuple[int, int]]:
+        return [(start, end) for start, end, _ in self.episode.spans()]
+
+    @property
+    def system_spans(self) -> list[bool]:
+        sources = [segment.source != "model" for segment in self.episode.segments]
+        return [self._first_system, *sources[1:]]
+
+    @property
+    def last_text_segment(self) -> str:
+        return self.episode.segments[-1].text
+
+    def split_query_response_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(query [q], response [r], mask of the response [r])"""
+        split = self.token_spans[0][1]
+        tokens = self.tokens
+        return tokens[:split], tokens[split:], self.token_masks[split:]
+
+    def show_text(self, show_legend: bool = False) -> None:
+        """Print the text, coloured by source."""
+        rich_print(episode_text(self.episode))
+        if show_legend:
+            self.show_colour_legend()
+
+    def show_tokens(self, tokenizer: PreTrainedTokenizerBase, show_legend: bool = False) -> None:
+        """Print the tokens, coloured by source."""
+        rich_print(episode_tokens(self.episode, tokenizer))
+        if show_legend:
+            self.show_colour_legend()
+
+    def show_colour_legend(self) -> None:
+        rich_print(legend())

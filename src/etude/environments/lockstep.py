@@ -1,0 +1,106 @@
+"""TRL 0.7.4's lock-step methods, for callers that drive histories by hand.
+
+The orchestrator doesn't use them: they advance all histories together, turn by turn, and re-read each
+history from its first token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from etude.environments.history import TextHistory
+from etude.environments.tags import ParsedTurn, ToolProtocol
+from etude.protocols import Reward, Sampler
+from etude.rewards.mixture import score_episodes
+from etude.runtime.loop import run_sync
+from etude.types import Episode, SamplingParams
+
+
+class Lockstep(ABC):
+    """The methods of TRL 0.7.4's `TextEnvironment` beside `run`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    protocol: ToolProtocol
+    params: SamplingParams
+    rewards: list[Reward]
+    max_length: int | None
+
+    @property
+    @abstractmethod
+    def sampler(self) -> Sampler: ...
+
+    @abstractmethod
+    def next_seed(self) -> int: ...
+
+    @abstractmethod
+    async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None: ...
+
+    def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
+        """Sample one turn for each history that isn't completed."""
+
+        async def turn(history: TextHistory, seed: int) -> None:
+            session = self.sampler.session(seed=seed)
+            sampled = await session.sample(history.episode.token_ids, self.params)
+            session.close()
+            history.episode.append(sampled.segment())
+
+        async def turns() -> None:
+            active = [history for history in histories if not history.completed]
+            await asyncio.gather(*(turn(history, self.next_seed()) for history in active))
+
+        run_sync(turns())
+        return histories
+
+    def step(self, history: TextHistory) -> TextHistory:
+        """End the history if it is over, else run the tool its last turn calls."""
+        truncated, ended = self.task_end_check(history)
+        if ended:
+            history.complete(truncated)
+        if not history.completed:
+            parsed = self.protocol.parse(history.last_text_segment)
+            run_sync(self._answer(history.episode, parsed, self.sampler.max_length))
+        return history
+
+    def parse_tool_call(self, text: str) -> tuple[str | None, str | None]:
+        """(tool, query) of a turn's text; (None, None) where there is no well-formed call."""
+        parsed = self.protocol.parse(text)
+        return parsed.tool, parsed.query
+
+    def task_end_check(self, history: TextHistory, model_turn: bool = True) -> tuple[bool, bool]:
+        """(truncated, ended)"""
+        if history.completed:
+            return False, False
+        if self.max_length is not None and len(history.episode) > self.max_length:
+            return True, True
+        last = history.episode.segments[-1]
+        if last.source != "model":
+            return False, False
+        parsed = self.protocol.parse(last.text)
+        ended = parsed.submitted or self.tokenizer.eos_token_id in last.token_ids
+        return False, ended or (model_turn and not parsed.calls)
+
+    def tasks_end_check(self, histories: list[TextHistory], model_turn: bool = True) -> list[TextHistory]:
+        """Complete each history that is over."""
+        for history in histories:
+            truncated, ended = self.task_end_check(history, model_turn)
+            if ended:
+                history.complete(truncated)
+        return histories
+
+    def compute_reward(self, histories: Sequence[TextHistory], **columns: Any) -> Sequence[TextHistory]:
+        """Score the histories; their `reward` is set."""
+        episodes: list[Episode] = []
+        for i, history in enumerate(histories):
+            history.episode.task = {name: values[i] for name, values in columns.items()}
+            history.episode.rewards.clear()
+            episodes.append(history.episode)
+        run_sync(score_episodes(self.rewards, episodes))
+        for history in histories:
+            history.reward = torch.tensor(history.episode.reward, device=history.device)
+        return histories

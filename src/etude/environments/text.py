@@ -1,0 +1,308 @@
+"""The text environment: a model and its tools, over several turns, on one task.
+
+    prompt ─► model turn ─► calls a tool? ─► tool's answer ─► model turn ─► … ─► submitted, or a limit
+
+`TextEnvironment` is concrete. It is subclassed through `build_prompt`, `is_done` and `score`; everything
+else is composed: tools, rewards, protocol and sampler are arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from etude.data.encoding import encode_control, encode_plain, encode_prompt
+from etude.environments.history import TextHistory
+from etude.environments.lockstep import Lockstep
+from etude.environments.orchestrator import play_episodes
+from etude.environments.tags import ParsedTurn, TagProtocol, ToolProtocol
+from etude.errors import DataError, EnvironmentSetupError, SamplerError
+from etude.protocols import Reward, Sampler, Session, Tool
+from etude.rewards.function import SegmentReward, as_reward
+from etude.rewards.mixture import score_episodes
+from etude.runtime.loop import run_sync
+from etude.sampling.draw import mix
+from etude.sampling.local import LocalSampler
+from etude.sampling.params import sampling_params
+from etude.tools.contract import ToolLimits, call_tool
+from etude.tools.function import tools_by_name
+from etude.types import Episode, Sampled, Segment, StopReason
+
+_OPEN = {"build_prompt", "is_done", "score"}
+_INSTEAD = {
+    "step": "is_done(episode), or a tool",
+    "task_end_check": "is_done(episode)",
+    "tasks_end_check": "is_done(episode)",
+    "compute_reward": "score(episodes)",
+    "parse_tool_call": "the protocol= argument",
+    "generate": "the sampler= argument",
+    "play": "build_prompt(task), is_done(episode) and score(episodes)",
+}
+
+
+class TextEnvironment(Lockstep):
+    """Lets a language model call tools over several turns to solve a task, and scores what it did.
+
+    The first nine arguments are those of TRL 0.7.4.
+
+    Args:
+        model: what plays; a value-head model or any causal language model. May be None where a sampler
+            is given, or where a trainer brings its own.
+        tokenizer: of the model. It is not changed.
+        tools: functions, callables or `Tool`s, as a list (functions known by `__name__`, instances by
+            class name) or a dict by name; None for none.
+        reward_fn: `f(last_segments, **columns) -> scores`, TRL 0.7.4's call. It sees the model's last
+            segment.
+        prompt: put before each task.
+        max_turns: model turns per episode at most.
+        max_tool_response: characters of a tool's answer that the model is shown, at most (also accepted as
+            `max_tool_reponse`); None for no limit.
+        max_length: tokens of an episode at most; the model's own limit by default.
+        generation_kwargs: `max_new_tokens` (per turn), `temperature`, `top_k`, …; sampling, unless
+            `do_sample=False`. The mapping is not changed.
+        rewards: general rewards, `f(prompts, completions, **columns)` or `Reward`s, alone or in a list.
+        max_tool_response_tokens: the same limit in tokens.
+        max_tool_calls: per episode at most; a further call ends it.
+        tool_timeout: seconds a tool may take.
+        max_seconds: wall time of an episode, after which it is interrupted; None for no limit.
+        protocol: how calls are written; TRL's tags by default.
+        sampler: a sampler to use instead of a local one over `model`.
+        slots: episodes that the local sampler decodes at once.
+        seed: of the episodes' random streams; `set_seed` decides it by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tools: Mapping[str, Any] | Sequence[Any] | None = None,
+        reward_fn: Any = None,
+        prompt: str | None = None,
+        max_turns: int = 4,
+        max_tool_reponse: int | None = 100,
+        max_length: int | None = None,
+        generation_kwargs: Mapping[str, Any] | None = None,
+        *,
+        rewards: Any = None,
+        max_tool_response: int | None = None,
+        max_tool_response_tokens: int | None = None,
+        max_tool_calls: int | None = None,
+        tool_timeout: float = 10.0,
+        max_seconds: float | None = None,
+        protocol: ToolProtocol | None = None,
+        sampler: Sampler | None = None,
+        slots: int = 32,
+        seed: int | None = None,
+    ) -> None:
+        if tokenizer is None:
+            raise EnvironmentSetupError(
+                "TextEnvironment needs the model's tokenizer: TextEnvironment(model, tokenizer, …)"
+            )
+        if max_turns < 1:
+            raise EnvironmentSetupError(f"max_turns is {max_turns}; an episode has at least 1 model turn")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tools: dict[str, Tool] = tools_by_name(tools)
+        self.reward_fn = reward_fn
+        several = rewards if isinstance(rewards, list | tuple) else [] if rewards is None else [rewards]
+        self.rewards: list[Reward] = [as_reward(reward) for reward in several]
+        if reward_fn is not None:
+            self.rewards.append(SegmentReward(reward_fn))
+        self.prompt = prompt or ""
+        self.max_turns = max_turns
+        self.max_tool_response = max_tool_response if max_tool_response is not None else max_tool_reponse
+        self.max_tool_response_tokens = max_tool_response_tokens
+        self.max_tool_calls = max_tool_calls
+        self.max_length = max_length
+        self.max_seconds = max_seconds
+        self.protocol = protocol or TagProtocol()
+        self.tool_limits = ToolLimits(timeout=tool_timeout, max_characters=self.max_tool_response)
+        self.generation_kwargs = dict(generation_kwargs or {})
+        self.params = sampling_params(self.generation_kwargs, tokenizer, stop=self.protocol.stop)
+        self.slots = slots
+        self.seed = torch.initial_seed() if seed is None else seed
+        self._sampler = sampler
+        self._episodes_played = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if name in _OPEN or name.startswith("__") or not hasattr(TextEnvironment, name):
+                continue
+            instead = _INSTEAD.get(name, "build_prompt(task), is_done(episode) or score(episodes)")
+            raise EnvironmentSetupError(
+                f"{cls.__name__} overrides TextEnvironment.{name}; use {instead} instead"
+            )
+
+    # The three open points.
+
+    def build_prompt(self, task: Mapping[str, Any]) -> str:
+        """The text an episode starts with."""
+        for column in ("prompt", "query"):
+            if isinstance(task.get(column), str):
+                return self.prompt + task[column]
+        raise DataError(
+            f"a task needs a text column 'prompt' (or 'query'); this one has {', '.join(task) or 'none'}"
+        )
+
+    def is_done(self, episode: Episode) -> bool:
+        """Asked after each turn and each tool's answer: is the episode over?"""
+        return False
+
+    async def score(self, episodes: Sequence[Episode]) -> None:
+        """Append rewards to each episode."""
+        await score_episodes(self.rewards, episodes)
+
+    # Playing.
+
+    def run(
+        self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[TextHistory]]:
+        """Play all tasks and score them.
+
+        Args:
+            tasks: prompts, or rows that have one.
+            columns: what the rewards need, such as `answers`: one value per task, or one for all.
+
+        Returns:
+            queries [q], responses [r], masks of the responses [r] (1 where the model sampled), rewards
+            (scalars) and histories, each a list with one entry per task.
+        """
+        episodes = run_sync(self.run_episodes(tasks, **columns))
+        histories = [TextHistory.of(episode, self.current_device) for episode in episodes]
+        for history in histories:
+            history.reward = torch.tensor(history.episode.reward, device=self.current_device)
+        queries, responses, masks = (
+            list(part) for part in zip(*(h.split_query_response_tokens() for h in histories), strict=True)
+        )
+        return queries, responses, masks, [torch.as_tensor(h.reward) for h in histories], histories
+
+    async def run_episodes(self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any) -> list[Episode]:
+        """`run`, for callers that want episodes and have an event loop."""
+        rows = _rows(tasks, columns)
+        seeds = [self.next_seed() for _ in rows]
+        return await play_episodes(self, rows, self.sampler, seeds)
+
+    def next_seed(self) -> int:
+        """The seed of the next episode's own random stream."""
+        self._episodes_played += 1
+        return mix(self.seed, self._episodes_played)
+
+    async def play(self, task: Mapping[str, Any], sampler: Sampler, *, seed: int) -> Episode:
+        """Play one episode. What the model gets wrong is data; so is a failure on our side."""
+        episode = Episode(task=task, seed=seed)
+        started = time.monotonic()
+        prompt = self.build_prompt(task)
+        episode.append(Segment("prompt", prompt, encode_prompt(self.tokenizer, prompt)))
+        session = sampler.session(seed=seed)
+        limit = min(self.max_length or sampler.max_length, sampler.max_length)
+        try:
+            async with asyncio.timeout(self.max_seconds):
+                while episode.stop is None:
+                    await self._turn(episode, session, limit)
+        except TimeoutError:
+            episode.stop = StopReason.WALL_CLOCK
+        except SamplerError as error:
+            episode.stop, episode.error = StopReason.INFRASTRUCTURE, str(error)
+        finally:
+            session.close()
+            episode.timings["total"] = time.monotonic() - started
+        return episode
+
+    async def _turn(self, episode: Episode, session: Session, limit: int) -> None:
+        """One model turn and, if it calls one, its tool's answer."""
+        room = limit - len(episode)
+        if room < 1:
+            episode.stop = StopReason.MAX_TOKENS
+            return
+        new_tokens = episode.token_ids if episode.turns == 0 else episode.segments[-1].token_ids
+        started = time.monotonic()
+        params = replace(self.params, max_new_tokens=min(self.params.max_new_tokens, room))
+        sampled = await session.sample(new_tokens, params)
+        _count(episode, "sample", started)
+        episode.append(sampled.segment())
+        parsed = self.protocol.parse(sampled.text)
+        episode.stop = self._stop_after_model(episode, sampled, parsed, limit)
+        if episode.stop is None:
+            started = time.monotonic()
+            await self._answer(episode, parsed, limit)
+            _count(episode, "tools", started)
+
+    def _stop_after_model(
+        self, episode: Episode, sampled: Sampled, parsed: ParsedTurn, limit: int
+    ) -> StopReason | None:
+        if parsed.submitted:
+            return StopReason.SUBMITTED
+        if sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids:
+            return StopReason.END_OF_SEQUENCE
+        if sampled.finish == "length":
+            return StopReason.MAX_TOKENS if len(episode) >= limit else StopReason.TURN_TOKENS
+        if self.is_done(episode):
+            return StopReason.DONE
+        if not parsed.calls:
+            return StopReason.NO_TOOL_CALL
+        if episode.turns >= self.max_turns:
+            return StopReason.MAX_TURNS
+        if self.max_tool_calls is not None and len(episode.tool_calls) >= self.max_tool_calls:
+            return StopReason.MAX_TOOL_CALLS
+        return None
+
+    async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None:
+        """Run the tool that a turn calls and append what it answers."""
+        arguments = parsed.query if parsed.tool is not None else episode.last_model_text
+        call = await call_tool(self.tools, parsed.tool, arguments, self.tool_limits, episode.turns - 1)
+        episode.tool_calls.append(call)
+        encoded = encode_plain(self.tokenizer, call.response)
+        response_ids, response = encoded.ids, encoded.text
+        cap = self.max_tool_response_tokens
+        if cap is not None and len(response_ids) > cap:
+            response_ids = response_ids[:cap]
+            response = self.tokenizer.decode(response_ids, clean_up_tokenization_spaces=False)
+            call.truncated = True
+        before, after = self.protocol.frame()
+        ids = [*encode_control(self.tokenizer, before), *response_ids, *encode_control(self.tokenizer, after)]
+        if len(episode) + len(ids) >= limit:
+            episode.stop = StopReason.MAX_TOKENS
+            return
+        episode.append(Segment("tool", before + response + after, ids))
+        if self.is_done(episode):
+            episode.stop = StopReason.DONE
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler in use; a local one over `model` is made when it is first needed."""
+        if self._sampler is None:
+            if self.model is None:
+                raise EnvironmentSetupError("this environment has no model and no sampler; pass one of them")
+            self._sampler = LocalSampler(self.model, self.tokenizer, slots=self.slots)
+        return self._sampler
+
+    @property
+    def current_device(self) -> torch.device:
+        """Where the token tensors that `run` returns live."""
+        return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
+
+
+def _count(episode: Episode, name: str, started: float) -> None:
+    episode.timings[name] = episode.timings.get(name, 0.0) + time.monotonic() - started
+
+
+def _rows(tasks: Sequence[str | Mapping[str, Any]], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Task rows with the columns that came beside them: one value per task, or one for all."""
+    rows = [{"prompt": task} if isinstance(task, str) else dict(task) for task in tasks]
+    if not rows:
+        raise DataError("no tasks to run; pass at least one")
+    for name, values in columns.items():
+        per_task = hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping)
+        if per_task and len(values) != len(rows):
+            raise DataError(f"column {name!r} has {len(values)} values for {len(rows)} tasks")
+        for i, row in enumerate(rows):
+            row[name] = values[i] if per_task else values
+    return rows

@@ -1,0 +1,271 @@
+"""The one attention function that sampler and trainer share.
+
+Both lay their sequences end to end in a flat step of shape [1, T], with no padding, and hand the model a
+`PackedPlan` that says where each sequence lies. The trainer's plan has no cache: each sequence attends to
+itself, causally. The sampler's plan has one: new keys and values are written into the sequence's slot,
+and its queries attend to all the slot holds. One function, so that both compute the same numbers.
+
+The plan travels as an extra keyword of the model's forward, which `transformers` passes down to the
+attention function. Calls without a plan (`generate`, a plain forward) go to the implementation the
+model had before. Families that don't use the attention interface, and layers with features not served
+here (soft-capped scores, attention sinks), are refused by `supports_packing`, which also runs a leak
+test; they take a slower way elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from etude.errors import ModelError
+
+PLAN = "packed_plan"  # the keyword under which a plan travels through the model
+_PREFIX = "etude_"
+_UNSERVED = ("softcap", "s_aux", "position_bias")
+
+
+class SlotCache:
+    """Preallocated keys and values: one slot per sequence, for each layer [slots, heads, length, dim].
+
+    Layers allocate when they are first written, since only then are their shapes known. `reserve` makes
+    every slot longer; it copies, so callers grow in large steps.
+    """
+
+    def __init__(self, slots: int, length: int) -> None:
+        self.slots = slots
+        self.length = length
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, length: int) -> None:
+        if length <= self.length:
+            return
+        for index, layer in self.layers.items():
+            self.layers[index] = tuple(self._grown(tensor, length) for tensor in layer)  # type: ignore[assignment]
+        self.length = length
+
+    def write(self, layer: int, key: Tensor, value: Tensor, slots_T: Tensor, positions_T: Tensor) -> None:
+        """Write `key` and `value` [heads, T, dim] at (slot, position) of each of the T tokens."""
+        if layer not in self.layers:
+            self.layers[layer] = (self._empty(key), self._empty(value))
+        keys, values = self.layers[layer]
+        keys[slots_T, :, positions_T] = key.transpose(0, 1)
+        values[slots_T, :, positions_T] = value.transpose(0, 1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self.slots, like.shape[0], self.length, like.shape[-1])
+
+    def _grown(self, tensor: Tensor, length: int) -> Tensor:
+        grown = tensor.new_zeros(tensor.shape[0], tensor.shape[1], length, tensor.shape[3])
+        grown[:, :, : self.length] = tensor
+        return grown
+
+
+@dataclass
+class PackedPlan:
+    """Where each sequence's tokens lie in a flat step.
+
+    Attributes:
+        lengths: tokens of each sequence in this step, in order.
+        past: tokens of each sequence already in the cache (all 0 without one).
+        cache, slots: the cache and each sequence's slot in it; None and empty in training.
+    """
+
+    lengths: Sequence[int]
+    past: Sequence[int] = ()
+    cache: SlotCache | None = None
+    slots: Sequence[int] = ()
+    device: torch.device | str = "cpu"
+    positions_T: Tensor = field(init=False)
+    slots_T: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.past = self.past or [0] * len(self.lengths)
+        positions = [
+            p for past, n in zip(self.past, self.lengths, strict=True) for p in range(past, past + n)
+        ]
+        self.positions_T = torch.tensor(positions, device=self.device)
+        if self.cache is not None:
+            slots = [s for s, n in zip(self.slots, self.lengths, strict=True) for _ in range(n)]
+            self.slots_T = torch.tensor(slots, device=self.device)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, T]"""
+        return self.positions_T.unsqueeze(0)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: PackedPlan,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **unserved: Any,
+) -> Tensor:
+    """Attention of each sequence in a flat step. `query` [1, H, T, d], `key`/`value` [1, H_kv, T, d].
+
+    Returns [1, T, H, d], the layout that attention functions of `transformers` return.
+    """
+    for name in _UNSERVED:
+        if unserved.get(name) is not None:
+            raise ModelError(f"packed attention doesn't serve {name!r} ({type(module).__name__})")
+    query, key, value = query[0], key[0], value[0]
+    if plan.cache is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
+        keys, values = plan.cache.layers[layer]
+    outputs, start = [], 0
+    for i, (length, past) in enumerate(zip(plan.lengths, plan.past, strict=True)):
+        end = start + length
+        if plan.cache is None:
+            k, v = key[:, start:end], value[:, start:end]
+        else:
+            slot = plan.slots[i]
+            first = max(0, past + 1 - sliding_window) if sliding_window else 0
+            k, v = keys[slot, :, first : past + length], values[slot, :, first : past + length]
+        outputs.append(_attend(query[:, start:end], k, v, dropout, scaling, sliding_window))
+        start = end
+    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None
+) -> Tensor:
+    """One sequence: `q` [H, n, d] are its last n positions, `k`/`v` [H_kv, m, d] all that they may see."""
+    heads, n, dim = q.shape
+    kv_heads, m = k.shape[0], k.shape[1]
+    if n == m and n > 1 and not (window and window < m):
+        return scaled_dot_product_attention(
+            q[None],
+            k[None],
+            v[None],
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=True,
+            enable_gqa=heads != kv_heads,
+        )[0]
+    # Query heads that share a key head are stacked as more queries of it: no copy of keys is made.
+    groups = heads // kv_heads
+    mask = None
+    if n > 1:
+        age = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
+        mask = age >= 0 if not window else (age >= 0) & (age < window)
+        mask = mask.repeat(groups, 1)
+    out = scaled_dot_product_attention(
+        q.reshape(kv_heads, groups * n, dim)[None],
+        k[None],
+        v[None],
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return out.reshape(heads, n, v.shape[-1])
+
+
+def install(model: PreTrainedModel) -> None:
+    """Make `model` compute a call that carries a plan by `packed_attention`, and any other call as before."""
+    current = model.config._attn_implementation or "eager"
+    if current.startswith(_PREFIX):
+        return
+    name = _PREFIX + current
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, _dispatch(current))
+        if current in ALL_MASK_ATTENTION_FUNCTIONS:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[current])
+    model.set_attn_implementation(name)
+
+
+def _dispatch(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        plan = kwargs.pop(PLAN, None)
+        if plan is not None:
+            return packed_attention(module, query, key, value, plan, **kwargs), None
+        if original == "eager":  # each modelling file has its own
+            forward = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        else:
+            forward = ALL_ATTENTION_FUNCTIONS[original]
+        return forward(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan) -> dict[str, Any]:
+    """Keywords of a model's forward for a flat step of T tokens.
+
+    The 1×1 mask is never read: a four-dimensional mask passes through `transformers` untouched, which
+    keeps it from building a T×T one.
+    """
+    ids = torch.as_tensor(input_ids, device=plan.device).reshape(1, -1)
+    return {
+        "input_ids": ids,
+        "position_ids": plan.position_ids,
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device),
+        "use_cache": False,
+        PLAN: plan,
+    }
+
+
+@torch.no_grad()
+def supports_packing(model: PreTrainedModel) -> bool:
+    """Whether a flat step gives this model the numbers that separate forwards give.
+
+    The leak test behind it: two sequences packed together, then one of them changed, must each come out
+    as they do alone; and continued from a cache, as they do at once. On True the attention is installed.
+    """
+    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
+        return False
+    install(model)
+    device, vocab = model.device, model.config.get_text_config().vocab_size
+    training = model.training
+    model.eval()
+    try:
+        a, b, c = ([(7 * i + k) % vocab for i in range(n)] for n, k in ((5, 1), (8, 2), (5, 3)))
+        alone = [
+            model(torch.tensor([ids], device=device), use_cache=False).logits[0].float() for ids in (a, b, c)
+        ]
+        for first, expected in ((a, alone[0]), (c, alone[2])):
+            plan = PackedPlan([len(first), len(b)], device=device)
+            packed = model(**packed_inputs(first + b, plan)).logits[0].float()
+            if not _close(packed, torch.cat([expected, alone[1]]), model.dtype):
+                return False
+        cache = SlotCache(slots=2, length=16)
+        for start, end in ((0, 3), (3, 7), (7, 8)):
+            plan = PackedPlan([end - start], past=[start], cache=cache, slots=[1], device=device)
+            packed = model(**packed_inputs(b[start:end], plan)).logits[0].float()
+            if not _close(packed, alone[1][start:end], model.dtype):
+                return False
+    except (ModelError, TypeError):  # a feature not served here; a forward that takes no extra keywords
+        return False
+    finally:
+        model.train(training)
+    return True
+
+
+def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Far above rounding, far below a leak."""
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))

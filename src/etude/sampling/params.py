@@ -1,0 +1,79 @@
+"""Generation keywords, as `transformers` users write them, to `SamplingParams`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from etude.errors import ConfigError
+from etude.types import SamplingParams
+
+_TAKEN = {
+    "max_new_tokens",
+    "min_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "eos_token_id",
+    "stop_strings",
+    "logits_processor",
+}
+# Meaningless here, but harmless at these values: scripts written for `generate` pass them.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "min_length": (-1, 0, None),
+    "num_beams": (1, None),
+    "num_return_sequences": (1, None),
+    "use_cache": (True, None),
+}
+_IGNORED = {"pad_token_id"}  # nothing is padded
+
+
+def sampling_params(
+    generation_kwargs: Mapping[str, Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    do_sample: bool = True,
+    stop: tuple[str, ...] = (),
+) -> SamplingParams:
+    """Translate generation keywords; the mapping is not changed.
+
+    Args:
+        do_sample: the default where the keywords don't say.
+        stop: strings that end a turn, besides `stop_strings`.
+
+    Raises:
+        ConfigError: a keyword is unknown, or has a value that can't be honoured.
+    """
+    given = dict(generation_kwargs or {})
+    for name in given:
+        if name in _NEUTRAL:
+            if given[name] not in _NEUTRAL[name]:
+                raise ConfigError(f"generation keyword {name}={given[name]!r} isn't supported; leave it out")
+        elif name not in _TAKEN | _IGNORED:
+            near = difflib.get_close_matches(name, _TAKEN, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(_TAKEN))}"
+            raise ConfigError(f"unknown generation keyword {name!r}; {hint}")
+    sample = given.get("do_sample", do_sample)
+    strings = given.get("stop_strings") or ()
+    return SamplingParams(
+        max_new_tokens=int(given.get("max_new_tokens") or SamplingParams.max_new_tokens),
+        min_new_tokens=int(given.get("min_new_tokens") or 0),
+        temperature=float(given.get("temperature") or 1.0) if sample else 0.0,
+        top_k=int(given.get("top_k") or 0),
+        top_p=float(given["top_p"]) if given.get("top_p") is not None else 1.0,
+        stop=(*stop, *((strings,) if isinstance(strings, str) else strings)),
+        eos_token_ids=_eos_ids(given.get("eos_token_id", tokenizer.eos_token_id)),
+        processors=tuple(given.get("logits_processor") or ()),
+    )
+
+
+def _eos_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
+    """-1 is how scripts say "no end of sequence"."""
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list | tuple) else [value]
+    return tuple(int(i) for i in ids if int(i) >= 0)
