@@ -17,6 +17,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -81,6 +83,7 @@ class PackedPlan:
         lengths: tokens of each sequence in this step, in order.
         past: tokens of each sequence already in the cache (all 0 without one).
         cache, slots: the cache and each sequence's slot in it; None and empty in training.
+        positions_T, slots_T: of each token, its position in its sequence and its slot.
     """
 
     lengths: Sequence[int]
@@ -106,6 +109,71 @@ class PackedPlan:
         """[1, T]"""
         return self.positions_T.unsqueeze(0)
 
+    @cached_property
+    def starts(self) -> list[int]:
+        return [0, *accumulate(self.lengths)][:-1]
+
+    @cached_property
+    def rectangle(self) -> Rectangle | None:
+        """The training step as rows of equal length, unless most of that would be padding."""
+        rows, width = len(self.lengths), max(self.lengths)
+        if rows < 2 or rows * width > 1.5 * sum(self.lengths):
+            return None
+        row_T = torch.repeat_interleave(torch.tensor(self.lengths))
+        cells_T = row_T * width + self.positions_T.cpu()
+        tokens = torch.zeros(rows * width, dtype=torch.long)
+        tokens[cells_T] = torch.arange(len(cells_T))
+        return Rectangle(rows, width, tokens.to(self.device), cells_T.to(self.device))
+
+    @cached_property
+    def decoding(self) -> Decoding | None:
+        """The sequences that add one token each, as one block of neighbouring slots, where that pays."""
+        rows = [i for i, n in enumerate(self.lengths) if n == 1]
+        if len(rows) < 2:
+            return None
+        seen = [self.past[i] + 1 for i in rows]
+        slots = [self.slots[i] for i in rows]
+        first, count, width = min(slots), max(slots) - min(slots) + 1, max(seen)
+        if count * width > 2.5 * sum(seen):
+            return None
+        lengths = torch.ones(count, dtype=torch.long)  # holes look at one key and are thrown away
+        lengths[torch.tensor(slots) - first] = torch.tensor(seen)
+        tokens = torch.tensor([self.starts[i] for i in rows], device=self.device)
+        places = torch.tensor(slots, device=self.device) - first
+        return Decoding(set(rows), first, count, width, tokens, places, lengths.to(self.device))
+
+
+@dataclass
+class Rectangle:
+    """Sequences as [rows, width], padded on the right, where causal attention never looks."""
+
+    rows: int
+    width: int
+    tokens: Tensor  # [rows * width], the token in each cell; any token in a padded one
+    cells_T: Tensor  # the cell of each token
+
+
+@dataclass
+class Decoding:
+    """Sequences that add one token each, and the block of slots that holds them."""
+
+    members: set[int]
+    first: int
+    count: int
+    width: int
+    tokens: Tensor  # [R], places in the flat step
+    places: Tensor  # [R], places in the block
+    lengths: Tensor  # [count]
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """[count, 1, 1, width], true where a slot's newest token may look."""
+        if window not in self.masks:
+            age = self.lengths[:, None] - 1 - torch.arange(self.width, device=self.lengths.device)
+            visible = age >= 0 if not window else (age >= 0) & (age < window)
+            self.masks[window] = visible[:, None, None]
+        return self.masks[window]
+
 
 def packed_attention(
     module: nn.Module,
@@ -114,12 +182,13 @@ def packed_attention(
     value: Tensor,
     plan: PackedPlan,
     *,
-    dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **unserved: Any,
 ) -> Tensor:
     """Attention of each sequence in a flat step. `query` [1, H, T, d], `key`/`value` [1, H_kv, T, d].
+
+    Without dropout, whatever the model's mode: a policy's update needs the very distribution that sampled.
 
     Returns [1, T, H, d], the layout that attention functions of `transformers` return.
     """
@@ -127,39 +196,69 @@ def packed_attention(
         if unserved.get(name) is not None:
             raise ModelError(f"packed attention doesn't serve {name!r} ({type(module).__name__})")
     query, key, value = query[0], key[0], value[0]
-    if plan.cache is not None:
+    if plan.cache is None:
+        output = _attend_to_self(query, key, value, plan, scaling, sliding_window)
+    else:
         layer: int = module.layer_idx  # type: ignore[assignment]
         plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
-        keys, values = plan.cache.layers[layer]
-    outputs, start = [], 0
-    for i, (length, past) in enumerate(zip(plan.lengths, plan.past, strict=True)):
-        end = start + length
-        if plan.cache is None:
-            k, v = key[:, start:end], value[:, start:end]
-        else:
-            slot = plan.slots[i]
-            first = max(0, past + 1 - sliding_window) if sliding_window else 0
-            k, v = keys[slot, :, first : past + length], values[slot, :, first : past + length]
-        outputs.append(_attend(query[:, start:end], k, v, dropout, scaling, sliding_window))
-        start = end
-    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
+        output = _attend_to_cache(query, *plan.cache.layers[layer], plan, scaling, sliding_window)
+    return output.transpose(0, 1).unsqueeze(0)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None, window: int | None
+def _attend_to_self(
+    q: Tensor, k: Tensor, v: Tensor, plan: PackedPlan, scaling: float | None, window: int | None
 ) -> Tensor:
+    """Training: each sequence attends to its own tokens. [H, T, d] in and out."""
+    cells = plan.rectangle
+    if cells is None or (window and window < cells.width):
+        parts = zip(*(tensor.split(list(plan.lengths), dim=1) for tensor in (q, k, v)), strict=True)
+        return torch.cat([_attend(*part, scaling, window) for part in parts], dim=1)
+    q_BHLd, k_BHLd, v_BHLd = (
+        tensor[:, cells.tokens].unflatten(1, (cells.rows, cells.width)).transpose(0, 1)
+        for tensor in (q, k, v)
+    )
+    out = scaled_dot_product_attention(
+        q_BHLd, k_BHLd, v_BHLd, scale=scaling, is_causal=True, enable_gqa=q.shape[0] != k.shape[0]
+    )
+    return out.transpose(0, 1).flatten(1, 2)[:, cells.cells_T]
+
+
+def _attend_to_cache(
+    q: Tensor, keys: Tensor, values: Tensor, plan: PackedPlan, scaling: float | None, window: int | None
+) -> Tensor:
+    """Sampling: each sequence attends to its slot of `keys`/`values` [slots, H_kv, length, d]."""
+    out = q.new_empty(*q.shape[:2], values.shape[-1])
+    together = plan.decoding
+    if together is not None:
+        block = slice(together.first, together.first + together.count)
+        k, v = keys[block, :, : together.width], values[block, :, : together.width]
+        q_block = q.new_zeros(together.count, *q[:, 0].shape)
+        q_block[together.places] = q[:, together.tokens].transpose(0, 1)
+        grouped = q_block.unflatten(1, (keys.shape[1], -1))  # heads that share keys are stacked as queries
+        attended = scaled_dot_product_attention(grouped, k, v, attn_mask=together.mask(window), scale=scaling)
+        out[:, together.tokens] = attended.flatten(1, 2)[together.places].transpose(0, 1)
+    for i, (start, length, past, slot) in enumerate(
+        zip(plan.starts, plan.lengths, plan.past, plan.slots, strict=True)
+    ):
+        if together is not None and i in together.members:
+            continue
+        first = max(0, past + 1 - window) if window else 0
+        seen = slice(first, past + length)
+        part = q[:, start : start + length]
+        out[:, start : start + length] = _attend(
+            part, keys[slot, :, seen], values[slot, :, seen], scaling, window
+        )
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """One sequence: `q` [H, n, d] are its last n positions, `k`/`v` [H_kv, m, d] all that they may see."""
     heads, n, dim = q.shape
     kv_heads, m = k.shape[0], k.shape[1]
     if n == m and n > 1 and not (window and window < m):
+        gqa = heads != kv_heads
         return scaled_dot_product_attention(
-            q[None],
-            k[None],
-            v[None],
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=True,
-            enable_gqa=heads != kv_heads,
+            q[None], k[None], v[None], scale=scaling, is_causal=True, enable_gqa=gqa
         )[0]
     # Query heads that share a key head are stacked as more queries of it: no copy of keys is made.
     groups = heads // kv_heads
@@ -168,14 +267,8 @@ def _attend(
         age = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
         mask = age >= 0 if not window else (age >= 0) & (age < window)
         mask = mask.repeat(groups, 1)
-    out = scaled_dot_product_attention(
-        q.reshape(kv_heads, groups * n, dim)[None],
-        k[None],
-        v[None],
-        attn_mask=mask,
-        dropout_p=dropout,
-        scale=scaling,
-    )
+    stacked = q.reshape(kv_heads, groups * n, dim)
+    out = scaled_dot_product_attention(stacked[None], k[None], v[None], attn_mask=mask, scale=scaling)
     return out.reshape(heads, n, v.shape[-1])
 
 

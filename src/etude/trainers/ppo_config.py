@@ -20,9 +20,10 @@ class PPOConfig:
     """Settings of `PPOTrainer`. The `help` of each field is what the command line shows."""
 
     # The run.
-    output_dir: str = _setting(
-        "runs/ppo", "directory of the run: metrics, episodes, checkpoints, the model, a report"
+    output_dir: str | None = _setting(
+        None, "directory of the run: metrics, episodes, checkpoints, the model, a report; train() needs one"
     )
+    overwrite_output_dir: bool = _setting(False, "start anew in a directory that holds an earlier run")
     steps: int = _setting(20_000, "episodes that train() plays in total, over all processes")
     seed: int = _setting(0, "seed of tasks, episodes and mini-batches")
     logging_steps: int = _setting(1, "write metrics every so many iterations")

@@ -1,0 +1,126 @@
+"""Episodes as tensors for a policy-gradient update.
+
+A `Trajectory` is one episode's tokens and which of them this run's policy sampled. A `PackedBatch` lays
+several end to end, without padding, and names the positions whose outputs are needed: the one before
+each sampled token (its state), and the last one where the value bootstraps. Everything per sampled token
+is then [B, N]: row b holds trajectory b's sampled tokens in order, the rest is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from etude.errors import DataError
+from etude.types import STOP_POLICIES, Episode, StopPolicy
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """What an update needs of an episode.
+
+    Attributes:
+        token_ids: [T] int64.
+        sampled: positions of the sampled tokens, ascending, [n] int64; none of them 0.
+        score: the episode's reward, by its stop reason's policy.
+        bootstrap: the value of its last state stands in for what would have followed.
+        prompt_length: tokens before the first thing that followed the prompt.
+        sampler_logprobs: the sampler's log-probabilities of the sampled tokens [n], if known.
+    """
+
+    token_ids: Tensor
+    sampled: Tensor
+    score: float
+    bootstrap: bool = False
+    prompt_length: int = 0
+    sampler_logprobs: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.sampled) and self.sampled[0] == 0:
+            raise DataError("the first token of a sequence can't have been sampled: give the model a prompt")
+
+    @classmethod
+    def of_episode(cls, episode: Episode) -> Trajectory:
+        """An episode under its stop reason's policy: what isn't trained on has no sampled tokens left."""
+        policy = STOP_POLICIES[episode.stop] if episode.stop is not None else StopPolicy()
+        mask = torch.tensor(episode.sampled, dtype=torch.bool)
+        if not policy.train:
+            mask[:] = False
+        logprobs = [x for s in episode.segments if s.sampled for x in s.logprobs or ()]
+        known = policy.train and len(logprobs) == int(mask.sum())
+        prompt = [len(s.token_ids) for s in episode.segments if s.source == "prompt"]
+        return cls(
+            token_ids=torch.tensor(episode.token_ids, dtype=torch.long),
+            sampled=mask.nonzero()[:, 0],
+            score=_kept(episode.reward, policy),
+            bootstrap=policy.bootstrap,
+            prompt_length=sum(prompt),
+            sampler_logprobs=torch.tensor(logprobs) if known else None,
+        )
+
+    @classmethod
+    def of_response(
+        cls, query: Tensor, response: Tensor, score: float, mask: Tensor | None = None
+    ) -> Trajectory:
+        """A query [q] and a response [r], every token of it sampled unless `mask` [r] says 0."""
+        positions = torch.arange(len(query), len(query) + len(response), device=query.device)
+        if mask is not None:
+            if mask.shape != response.shape:
+                raise DataError(f"a response has {len(response)} tokens and its mask {len(mask)}")
+            positions = positions[mask.bool().to(positions.device)]
+        return cls(torch.cat([query, response]).cpu(), positions.cpu(), score, prompt_length=len(query))
+
+
+def _kept(reward: float, policy: StopPolicy) -> float:
+    if policy.reward == "drop":
+        return 0.0
+    return min(reward, 0.0) if policy.reward == "clamp" else reward
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """Trajectories end to end.
+
+    Attributes:
+        input_ids: [T], all tokens.
+        lengths: tokens of each trajectory.
+        states: flat positions whose next-token distributions are needed, [M]: one per sampled token.
+        targets: the tokens that were sampled there, [M].
+        last_states: flat positions of the last tokens of trajectories whose value bootstraps, [K].
+        mask: [B, N], true where row b has an n-th sampled token; `mask.sum()` is M.
+        bootstrap: [B], true where the value bootstraps; its sum is K.
+    """
+
+    input_ids: Tensor
+    lengths: list[int]
+    states: Tensor
+    targets: Tensor
+    last_states: Tensor
+    mask: Tensor
+    bootstrap: Tensor
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory], device: torch.device | str = "cpu") -> PackedBatch:
+        lengths = [len(t.token_ids) for t in trajectories]
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        counts = torch.tensor([len(t.sampled) for t in trajectories])
+        input_ids = torch.cat([t.token_ids for t in trajectories])
+        sampled = torch.cat([start + t.sampled for start, t in zip(starts, trajectories, strict=True)])
+        ends = [s + n - 1 for s, n, t in zip(starts, lengths, trajectories, strict=True) if t.bootstrap]
+        mask_BN = torch.arange(int(counts.max()) if len(counts) else 0)[None] < counts[:, None]
+        return cls(
+            input_ids=input_ids.to(device),
+            lengths=lengths,
+            states=(sampled - 1).to(device),
+            targets=input_ids[sampled].to(device),
+            last_states=torch.tensor(ends, dtype=torch.long, device=device),
+            mask=mask_BN.to(device),
+            bootstrap=torch.tensor([t.bootstrap for t in trajectories], device=device),
+        )
+
+    def unpack(self, values_M: Tensor) -> Tensor:
+        """Per-token values [M] as rows [B, N], 0 where there is no token."""
+        return values_M.new_zeros(self.mask.shape).masked_scatter(self.mask, values_M)

@@ -1,0 +1,199 @@
+"""Dataset rows → episodes to imitate.
+
+Four formats, told apart by their columns:
+
+    text                  all of it is imitated
+    prompt, completion    strings or message lists; the completion is imitated
+    messages [, tools]    the assistant's messages are imitated
+    segments              [{"source": "prompt" | "model" | "tool" | "environment", "text": ...}]: how run
+                          directories keep episodes; what the model wrote is imitated
+
+Not covered: reading files (`files`), preference pairs, prompts without a completion.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from etude.data.encoding import bos_ids, encode_control, encode_plain, encode_prompt
+from etude.data.templates import conversation_segments
+from etude.errors import DataError
+from etude.types import SOURCES, Episode, Segment, Source
+
+Format = Literal["segments", "messages", "prompt-completion", "text"]
+_COLUMNS: dict[Format, tuple[str, ...]] = {
+    "segments": ("segments",),
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+
+
+def detect_format(columns: Collection[str]) -> Format:
+    """Which format these columns are in.
+
+    Raises:
+        DataError: none, or more than one.
+    """
+    accepted = "; ".join(" + ".join(needed) for needed in _COLUMNS.values())
+    found = [name for name, needed in _COLUMNS.items() if set(needed) <= set(columns)]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(map(repr, columns)) or "none"
+    if found:
+        raise DataError(
+            f"the columns ({listed}) fit {len(found)} formats: {', '.join(found)}. Keep the columns of one "
+            "of them (dataset.select_columns)"
+        )
+    raise DataError(
+        f"the columns are {listed}; expected one of these combinations: {accepted}. Rename columns with "
+        "dataset.rename_column, or build them with dataset.map"
+    )
+
+
+def to_episode(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = True,
+    append_eos: bool = True,
+) -> Episode:
+    """Tokenise a row once and say which of its tokens are to be imitated (`Segment.target`).
+
+    Args:
+        row: one row of a dataset, in one of the formats above.
+        tokenizer: of the model to train.
+        completion_only_loss: imitate the completion only; False imitates the prompt (or, in `segments`, what
+            tools and the environment said) too. None: True where the format has a completion. `text` and
+            `messages` have none.
+        assistant_only_loss: in messages, imitate the assistant only.
+        append_eos: end the model's last words with the EOS, a segment of its own, which is imitated. Messages
+            end as their template ends them.
+
+    Raises:
+        DataError: the row is in no known format, a value has the wrong type, or the options contradict it.
+    """
+    kind = detect_format(row)
+    if completion_only_loss and kind in ("text", "messages"):
+        raise DataError(
+            f"completion_only_loss=True, but rows of {kind!r} have no completion; leave it out, or give the "
+            "columns prompt and completion"
+        )
+    whole = completion_only_loss is False
+    match kind:
+        case "text":
+            segments = _text_segments(row, tokenizer)
+        case "segments":
+            segments = _stored_segments(row, tokenizer, whole)
+        case "messages":
+            segments = _message_segments(row, tokenizer, [], row["messages"], assistant_only_loss, whole)
+        case "prompt-completion":
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str) and isinstance(completion, str):
+                segments = [
+                    Segment("prompt", prompt, encode_prompt(tokenizer, prompt), target=whole),
+                    Segment("model", completion, encode_control(tokenizer, completion), target=True),
+                ]
+            elif isinstance(prompt, list) and isinstance(completion, list):
+                segments = _message_segments(row, tokenizer, prompt, completion, assistant_only_loss, whole)
+                append_eos = False
+            else:
+                raise DataError(
+                    f"prompt is a {type(prompt).__name__} and completion a {type(completion).__name__}; "
+                    "expected two strings or two lists of messages"
+                )
+    if append_eos and kind != "messages":
+        _append_eos(segments, tokenizer)
+    return Episode(task=dict(row), segments=segments)
+
+
+def _text_segments(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    text = row["text"]
+    if not isinstance(text, str):
+        raise DataError(f"text is a {type(text).__name__}; expected a string")
+    ids, bos = encode_prompt(tokenizer, text), bos_ids(tokenizer)
+    start = [Segment("prompt", "", bos)] if bos else []
+    return [*start, Segment("model", text, ids[len(bos) :], target=True)]
+
+
+def _message_segments(
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Any],
+    completion: list[Any],
+    assistant_only: bool,
+    whole: bool,
+) -> list[Segment]:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    start = 0 if whole else len(prompt)
+    segments = conversation_segments(tokenizer, [*prompt, *completion], tools or None, target_from=start)
+    if not assistant_only:
+        targets = (i for i, segment in enumerate(segments) if segment.target)
+        for segment in segments[next(targets, len(segments)) if start else 0 :]:
+            segment.target = True
+    return segments
+
+
+def _stored_segments(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, whole: bool
+) -> list[Segment]:
+    segments: list[Segment] = []
+    for position, stored in enumerate(row["segments"] or ()):
+        source, text = _source_and_text(stored, position)
+        if source == "tool":
+            encoded = encode_plain(tokenizer, text)
+            text, ids = encoded.text, encoded.ids
+        else:
+            ids = encode_control(tokenizer, text) if segments else encode_prompt(tokenizer, text)
+        if stored.get("token_ids") is not None:
+            ids = _stored_ids(stored["token_ids"], ids, tokenizer, position)
+        segments.append(Segment(source, text, ids, target=whole or source == "model"))
+    return segments
+
+
+def _source_and_text(stored: Any, position: int) -> tuple[Source, str]:
+    if (
+        isinstance(stored, Mapping)
+        and stored.get("source") in SOURCES
+        and isinstance(stored.get("text"), str)
+    ):
+        return stored["source"], stored["text"]
+    raise DataError(
+        f"segment {position} is {str(stored)[:80]}; expected 'source' (one of {', '.join(SOURCES)}) and 'text'"
+    )
+
+
+def _stored_ids(
+    stored: list[int], encoded: list[int], tokenizer: PreTrainedTokenizerBase, position: int
+) -> list[int]:
+    """What a model sampled is trained on as sampled, which need not be how its text would be encoded."""
+    if stored == encoded:
+        return stored
+    expected = tokenizer.decode(encoded, skip_special_tokens=True)
+    known = max(stored, default=0) < len(tokenizer)
+    said = tokenizer.decode(stored, skip_special_tokens=True) if known else "nothing"
+    if said != expected:
+        raise DataError(
+            f"the token_ids of segment {position} come from another tokenizer: here they mean {said[:60]!r}, "
+            f"and the segment's text is {expected[:60]!r}. Leave token_ids out to encode the text again"
+        )
+    return stored
+
+
+def _append_eos(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> None:
+    """End with the EOS, if the model spoke last and didn't end with it."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token to append; set `tokenizer.eos_token`, or "
+            "append_eos=False"
+        )
+    if segments and segments[-1].source == "model" and segments[-1].token_ids[-1:] != [eos]:
+        segments.append(Segment("environment", tokenizer.eos_token, [eos], target=True))

@@ -1,0 +1,426 @@
+"""A causal language model with a value head: one trunk gives the policy's logits and the critic's values.
+
+The public behaviour is TRL 0.7.4's. A saved model is a plain transformers checkpoint (or PEFT adapter) that
+anything can load, with `value_head.safetensors` beside it; TRL's own checkpoints, with the head inside the
+trunk's file, are read too. Not covered: encoder-decoder models, and the trainers' forward (log-probabilities
+without whole logits), which is a module of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from etude.errors import ModelError
+from etude.models.loading import (
+    HUB_OPTIONS,
+    VALUE_HEAD_KEY,
+    add_adapter,
+    explained,
+    find_file,
+    load_causal_lm,
+    locate,
+    trunk_of,
+)
+
+logger = logging.getLogger(__name__)
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+# Where else a head may be. The first of these that exists holds the trunk: no need to look further.
+_TRUNK_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+class ValueHead(nn.Module):
+    """One value per token: dropout, then a linear map from the hidden state.
+
+    Args:
+        hidden_size: of what enters it.
+        summary_dropout_prob: of the dropout.
+    """
+
+    def __init__(self, hidden_size: int, *, summary_dropout_prob: float = 0.1) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(summary_dropout_prob) if summary_dropout_prob else nn.Identity()
+        self.summary = nn.Linear(hidden_size, 1)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Values [B, T, 1] in float32 (or float64), computed in the head's own dtype, under autocast too."""
+        weight = self.summary.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            hidden_BTD = self.dropout(hidden_BTD).to(weight.device, weight.dtype)
+            return _at_least_float32(self.summary(hidden_BTD))
+
+
+class AutoModelForCausalLMWithValueHead(nn.Module):
+    """A causal language model, `pretrained_model`, and a value head, `v_head`, on its last hidden state.
+
+    It starts in the mode (train or eval) that the model is in.
+
+    Args:
+        pretrained_model: a transformers model with a language-model head, or a `PeftModel` around one.
+        summary_dropout_prob: dropout before the head; None takes the configuration's value, else 0.1.
+        v_head_init_strategy: None leaves `nn.Linear`'s initialisation; "normal" draws the weight from
+            N(0, v_head_initializer_range²) and zeroes the bias.
+        v_head_initializer_range: the standard deviation for "normal".
+
+    Raises:
+        ModelError: the model has no language-model head, is an encoder-decoder, has prompt-learning adapters
+            (their virtual tokens have no place among the values), or is partly offloaded.
+    """
+
+    def __init__(
+        self,
+        pretrained_model: PreTrainedModel | PeftModel,
+        *,
+        summary_dropout_prob: float | None = None,
+        v_head_initializer_range: float = 0.2,
+        v_head_init_strategy: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_can_carry_values(pretrained_model)
+        self.pretrained_model = pretrained_model
+        lm_head = self._lm_head()
+        if summary_dropout_prob is None:
+            summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
+        # A quantized layer's weight is packed: only in_features tells its width.
+        hidden_size = getattr(lm_head, "in_features", None) or lm_head.weight.shape[-1]
+        self.v_head = ValueHead(hidden_size, summary_dropout_prob=summary_dropout_prob)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(self.v_head.summary.weight, std=v_head_initializer_range)
+            nn.init.zeros_(self.v_head.summary.bias)
+        elif v_head_init_strategy is not None:
+            raise ModelError(f"v_head_init_strategy is {v_head_init_strategy!r}; expected None or 'normal'")
+        # A critic in half precision can't take small steps: the head stays in float32 on a bfloat16 trunk.
+        dtype = torch.float64 if lm_head.weight.dtype == torch.float64 else torch.float32
+        self.v_head.to(lm_head.weight.device, dtype)
+        self.train(pretrained_model.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | PreTrainedModel | PeftModel,
+        *,
+        peft_config: PeftConfig | None = None,
+        is_trainable: bool = True,
+        summary_dropout_prob: float | None = None,
+        v_head_initializer_range: float = 0.2,
+        v_head_init_strategy: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Wrap a model, or load one from a directory or hub id together with its value head, if it has one.
+
+        Args:
+            pretrained_model_name_or_path: a checkpoint, a LoRA adapter, a value-head checkpoint of ours or of
+                TRL 0.7.4; or a model that is loaded already.
+            peft_config: put a fresh adapter on the model.
+            is_trainable: False freezes all parameters, a loaded adapter and the head included.
+            summary_dropout_prob, v_head_initializer_range, v_head_init_strategy: see the class.
+            options: see `load_causal_lm`. `dtype` (or its old name `torch_dtype`) is float32 unless given.
+
+        Raises:
+            ModelError: the model can't be found or can't carry a head, or an option is unknown.
+        """
+        head_options = {
+            "summary_dropout_prob": summary_dropout_prob,
+            "v_head_initializer_range": v_head_initializer_range,
+            "v_head_init_strategy": v_head_init_strategy,
+        }
+        source = pretrained_model_name_or_path
+        if isinstance(source, (PreTrainedModel, PeftModel)):
+            unused = sorted(key for key, value in options.items() if value)
+            if unused:
+                raise ModelError(
+                    f"{', '.join(unused)}: no option for a model that is loaded already; give it where the "
+                    "model is loaded, or pass a directory or hub id here"
+                )
+            trunk = source if peft_config is None else add_adapter(source, peft_config)
+            model = cls(trunk, **head_options)  # type: ignore[arg-type]
+        elif isinstance(source, (str, os.PathLike)):
+            options = _with_dtype(options)
+            trunk = load_causal_lm(source, peft_config=peft_config, is_trainable=is_trainable, **options)
+            model = cls(trunk, **head_options)  # type: ignore[arg-type]
+            name = locate(source, "a model")
+            place = {key: options[key] for key in HUB_OPTIONS if key in options}
+            with explained("the value head", name):
+                model._load_head(name, _read_head(name, place))
+        else:
+            raise ModelError(
+                f"from_pretrained got a {type(source).__name__}; expected a directory, a hub id, a "
+                "transformers model or a PeftModel"
+            )
+        return model if is_trainable else model.requires_grad_(False)
+
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether the trunk carries adapters."""
+        return isinstance(self.pretrained_model, PeftModel)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The trunk's configuration."""
+        return trunk_of(self.pretrained_model).config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trunk takes its inputs."""
+        return self.pretrained_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the trunk's weights; the head has its own."""
+        return trunk_of(self.pretrained_model).dtype
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logits, loss and values.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 for tokens and 0 for padding.
+            kwargs: for the trunk's forward. With `logits_to_keep` both logits and values are of the kept
+                positions only.
+
+        Returns:
+            logits [B, T, V], the trunk's loss (None without `labels`), values [B, T]. Half precision is
+            returned as float32.
+        """
+        with _inputs_of(self._lm_head()) as hidden:
+            output = self.pretrained_model(
+                input_ids=input_ids, attention_mask=attention_mask, **{**kwargs, "return_dict": True}
+            )
+        if len(hidden) != 1:
+            raise ModelError(
+                f"{type(trunk_of(self)).__name__} called its output layer {len(hidden)} times in a forward; "
+                "expected once, since values are computed from what enters it (a fused loss skips it)"
+            )
+        values_BT = self.v_head(hidden[0]).squeeze(-1)
+        return _at_least_float32(output.logits), output.loss, values_BT.to(output.logits.device)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The trunk's `generate`."""
+        trunk: Any = self.pretrained_model
+        return trunk.generate(*args, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Recompute the trunk's activations in the backward pass instead of keeping them."""
+        trunk: Any = self.pretrained_model
+        # transformers 5.23 renamed both methods and warns about the old names, which 5.20 knows only.
+        enable = getattr(trunk, "activation_checkpointing_enable", trunk.gradient_checkpointing_enable)
+        enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        trunk: Any = self.pretrained_model
+        getattr(trunk, "activation_checkpointing_disable", trunk.gradient_checkpointing_disable)()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        **options: Any,
+    ) -> None:
+        """Save so that `from_pretrained` gives equal logits and values.
+
+        The directory is the trunk's own, as transformers or PEFT saves it (a LoRA model's has the adapter
+        only), so `AutoModelForCausalLM` loads it too; the head is in `value_head.safetensors` beside it.
+
+        Args:
+            save_directory: created if need be.
+            state_dict: of this module, gathered, where the weights are spread over processes.
+            is_main_process: whether to write; the others only take part.
+            options: for the trunk's `save_pretrained`, e.g. `max_shard_size="2GB"`.
+        """
+        if "push_to_hub" in options:
+            raise ModelError(
+                "save_pretrained only writes a directory; push_to_hub(repo_id) sends model and head"
+            )
+        if os.path.isfile(save_directory):
+            raise ModelError(f"{os.fspath(save_directory)!r} is a file; expected a directory to save to")
+        head_state = self.v_head.state_dict() if state_dict is None else _under("v_head.", state_dict)
+        if state_dict is not None:
+            options["state_dict"] = _under("pretrained_model.", state_dict)
+        os.makedirs(save_directory, exist_ok=True)
+        self.pretrained_model.save_pretrained(
+            os.fspath(save_directory), is_main_process=is_main_process, **options
+        )
+        if is_main_process:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head_state.items()}
+            save_file(tensors, os.path.join(save_directory, VALUE_HEAD_FILE), metadata={"format": "pt"})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model with value head",
+        create_pr: bool = False,
+        **options: Any,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained(**options)` writes, creating the repository if need be."""
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    def _lm_head(self) -> Any:
+        # Looked up each time: resizing the vocabulary and FSDP put another module there.
+        return trunk_of(self.pretrained_model).get_output_embeddings()
+
+    def _load_head(self, name: str, state: Mapping[str, Tensor]) -> None:
+        if not state:
+            logger.info("%s has no value head; a new one was initialised", name)
+            return
+        expected = self.v_head.state_dict()
+        if {key: tensor.shape for key, tensor in state.items()} != {
+            key: tensor.shape for key, tensor in expected.items()
+        }:
+            raise ModelError(
+                f"the value head in {name!r} has {_shapes(state)}; the model's takes {_shapes(expected)}. "
+                "Was it saved with another model?"
+            )
+        self.v_head.load_state_dict(state)
+
+
+def _check_can_carry_values(model: PreTrainedModel | PeftModel) -> None:
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{model.active_peft_config.peft_type} adapters put virtual tokens before the text, which have "
+            "no place among the values; use LoRA or another adapter of weights"
+        )
+    trunk = trunk_of(model)
+    if trunk.config.is_encoder_decoder:
+        raise ModelError(f"{type(trunk).__name__} is an encoder-decoder model; expected a decoder")
+    if trunk.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(trunk).__name__} has no language-model head; expected a …ForCausalLM model, as "
+            "AutoModelForCausalLM loads it"
+        )
+    if any(parameter.is_meta for parameter in trunk.parameters()):
+        raise ModelError(
+            "parts of the model are offloaded to CPU or disk, where they can't be trained; give a device_map "
+            "that holds the whole model, a smaller dtype, or quantize it and train an adapter"
+        )
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what enters a module: `output_hidden_states=True` would keep every layer's output instead."""
+    inputs: list[Tensor] = []
+
+    def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else next(iter(kwargs.values())))
+
+    handle = module.register_forward_pre_hook(collect, with_kwargs=True)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _with_dtype(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with `torch_dtype` under its present name; a dtype of None is as good as none."""
+    options = dict(options)
+    old, new = options.pop("torch_dtype", None), options.pop("dtype", None)
+    if old is not None and new is not None:
+        raise ModelError("dtype and torch_dtype are two names for one option; give dtype only")
+    dtype = new if new is not None else old
+    return options if dtype is None else {**options, "dtype": dtype}
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if not found:
+        raise ModelError(
+            f"the state_dict has no {prefix}* keys; expected this module's own, gathered (for instance "
+            "accelerator.get_state_dict(model)), or none"
+        )
+    return found
+
+
+def _read_head(name: str, place: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The head's tensors in a directory or hub repository: in a file of its own, or inside the trunk's."""
+    path = find_file(name, VALUE_HEAD_FILE, **place)
+    if path is not None:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    for trunk_file in _TRUNK_FILES:
+        path = find_file(name, trunk_file, **place)
+        if path is not None:
+            return _read_head_in_trunk(name, path, place)
+    return {}
+
+
+def _read_head_in_trunk(name: str, path: str, place: Mapping[str, Any]) -> dict[str, Tensor]:
+    files = [path]
+    if path.endswith(".index.json"):
+        with open(path, encoding="utf-8") as index:
+            weight_map = json.load(index)["weight_map"]
+        shards = {file for key, file in weight_map.items() if VALUE_HEAD_KEY.search(key)}
+        found = {shard: find_file(name, shard, **place) for shard in sorted(shards)}
+        missing = [shard for shard, file in found.items() if file is None]
+        if missing:
+            raise ModelError(
+                f"{name!r} lacks {', '.join(missing)}, which its index says holds the value head"
+            )
+        files = [file for file in found.values() if file is not None]
+    return {
+        VALUE_HEAD_KEY.split(key)[-1]: tensor for file in files for key, tensor in _head_tensors(file).items()
+    }
+
+
+def _head_tensors(path: str) -> dict[str, Tensor]:
+    if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if VALUE_HEAD_KEY.search(key)}  # noqa: SIM118
+    try:
+        # Never a general pickle: that would run whatever code the file holds. Only zip files can be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path!r} holds more than tensors, or is damaged; it was not loaded. Convert it to safetensors "
+            "where you trust it"
+        ) from error
+    return {key: tensor for key, tensor in state.items() if VALUE_HEAD_KEY.search(key)}
+
+
+def _shapes(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in sorted(state.items()))

@@ -1,0 +1,37 @@
+"""Numbers about a batch of episodes, for curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from etude.types import Episode, StopReason
+
+
+def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[str, float]:
+    """Means over the episodes that weren't lost to our own failures.
+
+    `success` is the share whose reward reaches `success_reward`; `tool_use` the share that called a tool;
+    `stop/<reason>` the share that ended for it.
+    """
+    played = [episode for episode in episodes if episode.stop is not StopReason.INFRASTRUCTURE]
+    count = max(len(played), 1)
+    rewards = [episode.reward for episode in played]
+    mean = sum(rewards) / count
+    calls = [call for episode in played for call in episode.tool_calls]
+    metrics = {
+        "reward": mean,
+        "reward_std": (sum((reward - mean) ** 2 for reward in rewards) / count) ** 0.5,
+        "success": sum(reward >= success_reward for reward in rewards) / count,
+        "tool_use": sum(bool(episode.tool_calls) for episode in played) / count,
+        "tool_errors": sum(call.error is not None for call in calls) / max(len(calls), 1),
+        "turns": sum(episode.turns for episode in played) / count,
+        "sampled_tokens": sum(sum(episode.sampled) for episode in played) / count,
+    }
+    names = dict.fromkeys(reward.name for episode in played for reward in episode.rewards)
+    for name in names:
+        values = [r.value for e in played for r in e.rewards if r.name == name and r.value is not None]
+        metrics[f"rewards/{name}"] = sum(values) / max(len(values), 1)
+    for reason in StopReason:
+        share = sum(episode.stop is reason for episode in episodes) / max(len(episodes), 1)
+        metrics[f"stop/{reason.value}"] = share
+    return metrics

@@ -1,0 +1,319 @@
+"""The optimisation step that every online algorithm shares: observe a batch, then go through it.
+
+`observe` computes what stays fixed while the batch is used: log-probabilities and values under the weights
+that sampled it, and the reference policy's. `update` runs epochs of mini-batches over it with whatever
+loss an algorithm gives. Denominators are global, over accumulation steps and processes, so that 1 × 8
+equals 8 × 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from etude.data.batch import PackedBatch, Trajectory
+from etude.math.kl import KLKind, kl_estimate, kl_full
+from etude.models.forward import PolicyForward, PolicyOutput
+from etude.models.reference import reference_by_disabled_adapters
+
+
+@dataclass(slots=True)
+class Experience:
+    """A batch of trajectories and what was observed of it. Everything per token is [B, N], 0 as padding.
+
+    Attributes:
+        mask: where there is a sampled token.
+        logprobs, values: under the weights before the update; values are 0 without a value head.
+        ref_logprobs, kl: of the reference policy, and the KL estimate per token.
+        last_values: [B], the value after the last token where it bootstraps, else 0.
+        entropies: of the next-token distributions.
+    """
+
+    trajectories: list[Trajectory]
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    ref_logprobs: Tensor
+    kl: Tensor
+    last_values: Tensor
+    entropies: Tensor
+
+    def rows(self, indices: Sequence[int]) -> Experience:
+        """The trajectories at `indices`, as an experience of their own."""
+        trajectories = [self.trajectories[i] for i in indices]
+        longest = max((len(t.sampled) for t in trajectories), default=0)
+        index = torch.tensor(indices, device=self.mask.device)
+        per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl")
+        cut = {name: getattr(self, name)[index, :longest] for name in per_token}
+        return Experience(
+            trajectories,
+            **cut,
+            last_values=self.last_values[index],
+            entropies=self.entropies[index, :longest],
+        )
+
+
+@dataclass(slots=True)
+class Minibatch:
+    """One forward and backward pass: what was observed, and the policy's output now.
+
+    Attributes:
+        indices: rows of the experience.
+        observed: those rows, padded to the longest of them.
+        logprobs, entropies, values: [B, N], now; gradients flow through the first and the last.
+        denominator: sampled tokens of the whole optimizer step, over accumulation steps and processes.
+    """
+
+    indices: list[int]
+    observed: Experience
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor
+    denominator: Tensor
+
+
+# Takes a mini-batch; gives the loss, already divided by the denominator, and numbers to report.
+LossFunction = Callable[[Minibatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class UpdateLog:
+    """What an update reports: for each mini-batch its numbers and its share of all tokens."""
+
+    numbers: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    gradient_norms: list[Tensor] = field(default_factory=list)
+
+    def mean(self, name: str) -> Tensor:
+        """Mean over mini-batches, weighted by tokens; a scalar."""
+        values = torch.stack([numbers[name].detach().float() for numbers in self.numbers])
+        weights = torch.tensor(self.weights, device=values.device)
+        return (values * weights).sum() / weights.sum()
+
+    def concatenated(self, name: str) -> Tensor:
+        """Per-token numbers of all mini-batches, end to end."""
+        return torch.cat([numbers[name].detach().flatten() for numbers in self.numbers])
+
+
+class Learner:
+    """Policy, reference and optimizer, and the passes over them.
+
+    Args:
+        accelerator: devices, precision, gradient synchronisation.
+        policy: prepared by the accelerator.
+        reference: a frozen policy; None for the policy's own base model, adapters switched off.
+        optimizer: prepared by the accelerator.
+        mini_batch_size: trajectories per forward pass.
+        accumulation: forward and backward passes per optimizer step.
+        epochs: times a batch is gone through.
+        max_grad_norm: clip gradients to this norm; None: don't.
+        temperature: that the trajectories were sampled at.
+        kl_kind: how the KL per token is estimated.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        policy: nn.Module,
+        reference: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        mini_batch_size: int,
+        accumulation: int,
+        epochs: int,
+        max_grad_norm: float | None,
+        temperature: float,
+        kl_kind: KLKind | str,
+    ) -> None:
+        self.accelerator = accelerator
+        self.policy = policy
+        self.reference = reference
+        self.optimizer = optimizer
+        self.mini_batch_size = mini_batch_size
+        self.accumulation = accumulation
+        self.epochs = epochs
+        self.max_grad_norm = max_grad_norm
+        self.temperature = temperature
+        self.kl_kind = kl_kind
+
+    @torch.no_grad()
+    def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
+        """Score trajectories under the present weights and the reference."""
+        evaluation_mode(self.policy)
+        parts = [
+            self._observe(trajectories[start : start + self.mini_batch_size])
+            for start in range(0, len(trajectories), self.mini_batch_size)
+        ]
+        longest = max(part.mask.shape[1] for part in parts)
+        per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl", "entropies")
+        merged = {
+            name: torch.cat([_widened(getattr(part, name), longest) for part in parts]) for name in per_token
+        }
+        last_values = torch.cat([part.last_values for part in parts])
+        return Experience(list(trajectories), **merged, last_values=last_values)
+
+    def _observe(self, trajectories: Sequence[Trajectory]) -> Experience:
+        batch = PackedBatch.of(trajectories, self.accelerator.device)
+        full = self.kl_kind == "full"
+        output = self._forward(self.policy, batch, keep_logits=full)
+        with self._as_reference() as reference:
+            expected = self._forward(reference, batch, keep_logits=full)
+        if full:
+            assert output.logits is not None
+            assert expected.logits is not None
+            kl = kl_full(output.logits, expected.logits, self.temperature)
+        else:
+            kl = kl_estimate(output.logprobs, expected.logprobs, self.kl_kind)  # type: ignore[arg-type]
+        last_values = torch.zeros(len(trajectories), device=batch.mask.device)
+        if output.last_values is not None:
+            last_values[batch.bootstrap] = output.last_values.float()
+        values = torch.zeros_like(output.logprobs) if output.values is None else output.values
+        return Experience(
+            list(trajectories),
+            batch.mask,
+            batch.unpack(output.logprobs),
+            batch.unpack(values),
+            batch.unpack(expected.logprobs),
+            batch.unpack(kl),
+            last_values,
+            batch.unpack(output.entropies),
+        )
+
+    def update(
+        self,
+        experience: Experience,
+        loss: LossFunction,
+        order: torch.Generator,
+        enough: Callable[[UpdateLog], bool] = lambda log: False,
+    ) -> UpdateLog:
+        """Go through the batch `epochs` times.
+
+        Args:
+            loss: of a mini-batch.
+            order: shuffles the trajectories, anew for each epoch.
+            enough: asked after each epoch, with that epoch's log; True leaves the batch.
+        """
+        log = UpdateLog()
+        step_size = self.mini_batch_size * self.accumulation
+        if self.global_count(experience.mask.sum()) == 0:
+            return log
+        training_mode(self.policy)
+        for _ in range(self.epochs):
+            epoch = UpdateLog()
+            shuffled = torch.randperm(len(experience.trajectories), generator=order).tolist()
+            for start in range(0, len(shuffled), step_size):
+                self._optimizer_step(experience, shuffled[start : start + step_size], loss, epoch)
+            log.numbers += epoch.numbers
+            log.weights += epoch.weights
+            log.gradient_norms += epoch.gradient_norms
+            if enough(epoch):
+                break
+        evaluation_mode(self.policy)
+        return log
+
+    def _optimizer_step(
+        self, experience: Experience, indices: list[int], loss: LossFunction, log: UpdateLog
+    ) -> None:
+        denominator = self.global_count(experience.mask[indices].sum())
+        if denominator == 0:
+            return  # nothing was sampled in any of these, on any process
+        pieces = list(_pieces(indices, self.mini_batch_size))
+        for i, piece in enumerate(pieces):
+            minibatch = self._minibatch(experience, piece, denominator, is_last=i == len(pieces) - 1)
+            with self._synchronised(i == len(pieces) - 1):
+                value, numbers = loss(minibatch)
+                # Gradients are averaged over processes, and the denominator already counts all of them.
+                self.accelerator.backward(value * self.accelerator.num_processes)
+            weight = float(minibatch.observed.mask.sum())
+            if weight:
+                log.numbers.append(numbers)
+                log.weights.append(weight)
+        if self.max_grad_norm is not None:
+            norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            if norm is not None:
+                log.gradient_norms.append(norm.detach())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _minibatch(
+        self, experience: Experience, indices: list[int], denominator: Tensor, is_last: bool
+    ) -> Minibatch:
+        observed = experience.rows(indices)
+        batch = PackedBatch.of(observed.trajectories, self.accelerator.device)
+        with self._synchronised(is_last):
+            output = self._forward(self.policy, batch)
+        values = torch.zeros_like(output.logprobs) if output.values is None else output.values
+        return Minibatch(
+            indices,
+            observed,
+            batch.unpack(output.logprobs),
+            batch.unpack(output.entropies),
+            batch.unpack(values),
+            denominator,
+        )
+
+    def _forward(self, policy: nn.Module, batch: PackedBatch, keep_logits: bool = False) -> PolicyOutput:
+        with self.accelerator.autocast():
+            return policy(
+                batch.input_ids,
+                batch.lengths,
+                batch.states,
+                batch.targets,
+                batch.last_states,
+                self.temperature,
+                keep_logits,
+            )
+
+    def _as_reference(self) -> AbstractContextManager[nn.Module]:
+        if self.reference is not None:
+            return nullcontext(self.reference)
+        return _adapters_off(self.policy, self.accelerator.unwrap_model(self.policy))
+
+    def _synchronised(self, synchronise: bool) -> AbstractContextManager[object]:
+        return nullcontext() if synchronise else self.accelerator.no_sync(self.policy)
+
+    def global_count(self, count: Tensor) -> Tensor:
+        """Sum over processes, as float32."""
+        return self.accelerator.reduce(count.to(self.accelerator.device, torch.float32), "sum")  # type: ignore[return-value]
+
+
+class _adapters_off(AbstractContextManager[nn.Module]):
+    def __init__(self, policy: nn.Module, unwrapped: PolicyForward) -> None:
+        self.policy = policy
+        self.context = reference_by_disabled_adapters(unwrapped.model)
+
+    def __enter__(self) -> nn.Module:
+        self.context.__enter__()
+        return self.policy
+
+    def __exit__(self, *error: object) -> None:
+        self.context.__exit__(*error)  # type: ignore[arg-type]
+
+
+def evaluation_mode(policy: nn.Module) -> None:
+    if policy.training:
+        policy.eval()
+
+
+def training_mode(policy: nn.Module) -> None:
+    """Training mode, which activation checkpointing looks at, with dropout off.
+
+    Dropout would make the first ratio of a batch differ from 1: the update would answer noise.
+    """
+    policy.train()
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+
+
+def _pieces(indices: list[int], size: int) -> Iterator[list[int]]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def _widened(rows_BN: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(rows_BN, (0, width - rows_BN.shape[1]))

@@ -1,0 +1,361 @@
+"""The loop of online training, once for all algorithms: play, learn, look, save.
+
+    tasks ─► episodes (environment × sampler) ─► trajectories ─► learn() ─► new weights ─► …
+
+An algorithm gives `learn`. The run is a directory: metrics and episodes as they come, checkpoints from
+which the very same run goes on, the model, a report. Random numbers come from counters (seed, iteration,
+episode), so a resumed run needs no generator's state to draw what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from etude.data.batch import Trajectory
+from etude.data.files import load_rows
+from etude.environments.orchestrator import play_episodes
+from etude.environments.text import TextEnvironment
+from etude.errors import ConfigError, DataError
+from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.reporting.report import write_report
+from etude.reporting.terminal import TrainingDisplay
+from etude.runtime.loop import run_sync
+from etude.runtime.run import RunDirectory
+from etude.sampling.draw import mix
+from etude.sampling.local import LocalSampler
+from etude.trainers.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from etude.trainers.episode_metrics import episode_metrics
+from etude.trainers.interrupt import interrupt_after
+from etude.trainers.ppo_config import PPOConfig
+from etude.types import Episode
+
+_TASKS, _EPISODES, _EVALUATION = 1, 2, 3  # names of random streams
+
+
+@dataclass(slots=True)
+class TrainSummary:
+    """What a run came to.
+
+    Attributes:
+        steps: iterations done, by this call and the ones it resumed.
+        before, after: success on the test tasks, before training and of the final weights; None without.
+        best_step, best: the validation's best iteration and success; None without validation tasks.
+        seconds: wall time of this call.
+        report: the page to look at.
+    """
+
+    steps: int
+    before: float | None
+    after: float | None
+    best_step: int | None
+    best: float | None
+    seconds: float
+    report: Path | None
+
+
+class OnlineTrainer(ABC):
+    """Plays tasks in an environment and learns from what happened."""
+
+    config: PPOConfig
+    accelerator: Accelerator
+    model: AutoModelForCausalLMWithValueHead
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    environment: TextEnvironment | None
+    train_dataset: Any
+    eval_dataset: Any
+    test_dataset: Any
+    current_step: int
+
+    @abstractmethod
+    def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+        """One iteration's update; returns its statistics."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What `learn` carries from one iteration to the next, beside weights and optimizer."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainSummary:
+        """Train for `config.steps` episodes.
+
+        Args:
+            resume_from_checkpoint: True goes on from the newest checkpoint in `output_dir`, a path from
+                that one.
+
+        Raises:
+            ConfigError: there is nothing to train on, or `output_dir` holds another run.
+            KeyboardInterrupt: after the running update was finished and a checkpoint written.
+        """
+        started = time.monotonic()
+        run = self._open_run(resume_from_checkpoint)
+        total = self.config.total_ppo_epochs
+        if self.current_step == 0:
+            self._measure("before", self.test_rows, run)
+        display = TrainingDisplay(
+            total,
+            title=Path(run.path).name,
+            enabled=self.accelerator.is_main_process and not self.config.disable_progress,
+        )
+        try:
+            with display:
+                if self.current_step == 0:
+                    self._validate(run, display)
+                while self.current_step < total:
+                    self._iterate(run, display)
+        except KeyboardInterrupt:
+            self._save_checkpoint(run)
+            self._report(run)
+            raise
+        if self.config.save_steps and self.current_step % self.config.save_steps:
+            self._save_checkpoint(run)
+        return self._finish(run, started)
+
+    def _iterate(self, run: RunDirectory, display: TrainingDisplay) -> None:
+        """Play a batch of tasks and learn from it."""
+        config, started = self.config, time.monotonic()
+        step = self.current_step
+        first = self.accelerator.process_index * config.batch_size
+        indices = range(first, first + config.batch_size)
+        tasks = [self._task(step, i) for i in indices]
+        seeds = [mix(config.seed, _EPISODES, step, i) for i in indices]
+        episodes = self.play(tasks, seeds)
+        played = time.monotonic()
+        with interrupt_after():
+            stats = self.learn([Trajectory.of_episode(episode) for episode in episodes])
+            self.current_step = step + 1
+            ended = time.monotonic()
+            metrics = self._average(
+                {
+                    **episode_metrics(episodes, config.success_reward),
+                    **{name: value for name, value in stats.items() if isinstance(value, float)},
+                    "tokens_per_second": sum(sum(e.sampled) for e in episodes) / (ended - started),
+                    "time/rollout": played - started,
+                    "time/update": ended - played,
+                }
+            )
+            self._log(run, metrics, episodes)
+            display.update(self.current_step, metrics)
+            if config.eval_steps and self.current_step % config.eval_steps == 0:
+                self._validate(run, display)
+            if config.save_steps and self.current_step % config.save_steps == 0:
+                self._save_checkpoint(run)
+
+    def play(self, tasks: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
+        """Play one episode per task with the present weights."""
+        return run_sync(play_episodes(self._environment, tasks, self.sampler, seeds))
+
+    def evaluate(self, rows: Sequence[Mapping[str, Any]] | None = None) -> dict[str, float]:
+        """Play each task once, sampling as in training, and average. Without `rows`, the validation tasks."""
+        rows = self.eval_rows if rows is None else rows
+        if not rows:
+            raise ConfigError("nothing to evaluate on; pass rows, or eval_dataset to the trainer")
+        return self._evaluate(rows)[0]
+
+    def _evaluate(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], list[Episode]]:
+        indices = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        if not indices:
+            raise DataError(
+                f"{len(rows)} tasks to evaluate on, over {self.accelerator.num_processes} processes"
+            )
+        seeds = [mix(self.config.seed, _EVALUATION, i) for i in indices]
+        episodes = self.play([rows[i] for i in indices], seeds)
+        metrics = episode_metrics(episodes, self.config.success_reward)
+        return self._average(metrics, weight=len(episodes)), episodes
+
+    def _measure(self, split: str, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
+        """Success on held-out tasks, on which nothing is selected."""
+        if not rows:
+            return
+        metrics, episodes = self._evaluate(rows)
+        if self.accelerator.is_main_process:
+            run.update_summary({split: metrics["success"], f"{split}_reward": metrics["reward"]})
+            kept = episodes[: max(self.config.episodes_to_log, 0) or None]
+            run.append_episodes(self.current_step, split, kept, self.tokenizer)  # type: ignore[arg-type]
+
+    def _validate(self, run: RunDirectory, display: TrainingDisplay) -> None:
+        """Measure on the validation tasks, and keep the weights if they are the best so far."""
+        if not self.eval_rows or not self.config.eval_steps:
+            return
+        metrics, episodes = self._evaluate(self.eval_rows)
+        success, step = metrics["success"], self.current_step
+        summary = run.read_summary()
+        better = self.config.load_best_model_at_end and success > summary.get("best", -1.0)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            run.append_metrics(step, {f"validation/{name}": value for name, value in metrics.items()})
+            kept = episodes[: max(self.config.episodes_to_log, 0) or None]
+            run.append_episodes(step, "validation", kept, self.tokenizer)
+        if better:
+            self._save_checkpoint(run)
+            if self.accelerator.is_main_process:
+                run.mark_best(step)
+                run.update_summary({"best": success, "best_step": step})
+        display.message(f"iteration {step}: validation success {success:.3f}")
+
+    def _finish(self, run: RunDirectory, started: float) -> TrainSummary:
+        """The best weights, their measure, the model, the report."""
+        best = run.best_checkpoint()
+        if self.config.load_best_model_at_end and best is not None:
+            load_weights(self.model, best)
+        self._measure("after", self.test_rows, run)
+        seconds = time.monotonic() - started
+        report = None
+        if self.accelerator.is_main_process:
+            run.update_summary({"steps": self.current_step, "seed": self.config.seed, "seconds": seconds})
+            self.save_model(run.path)
+            report = self._report(run)
+            if self.config.push_to_hub:
+                self._push(run)
+        self.accelerator.end_training()
+        summary = run.read_summary()
+        return TrainSummary(
+            steps=self.current_step,
+            before=summary.get("before"),
+            after=summary.get("after"),
+            best_step=summary.get("best_step"),
+            best=summary.get("best"),
+            seconds=seconds,
+            report=report,
+        )
+
+    @abstractmethod
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write model, tokenizer and model card."""
+
+    def _push(self, run: RunDirectory) -> None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        repo = api.create_repo(self.config.hub_model_id or run.path.resolve().name, exist_ok=True)
+        ignored = ["checkpoint-*", ".*"]
+        api.upload_folder(repo_id=repo.repo_id, folder_path=run.path, ignore_patterns=ignored)
+
+    # The run directory.
+
+    def _open_run(self, resume: bool | str | None) -> RunDirectory:
+        if self.config.output_dir is None:
+            raise ConfigError("train() writes a run directory; set output_dir")
+        if not self.train_rows:
+            raise ConfigError("train() needs an environment and train_dataset; pass them to the trainer")
+        run = RunDirectory(self.config.output_dir)
+        main = self.accelerator.is_main_process
+        if resume:
+            checkpoint = run.latest_checkpoint() if resume is True else Path(resume)
+            if checkpoint is None:
+                raise ConfigError(
+                    f"{run.path} holds no checkpoint to resume from; leave resume_from_checkpoint out"
+                )
+            load_checkpoint(self, checkpoint)
+            if main:
+                run.truncate_after(self.current_step)
+        elif run.read_metrics():
+            if not self.config.overwrite_output_dir:
+                raise ConfigError(
+                    f"{run.path} holds an earlier run; resume it with resume_from_checkpoint, choose another "
+                    "output_dir, or start anew in it with overwrite_output_dir"
+                )
+            if main:
+                run.reset()
+        if main:
+            run.write_config(self.config.to_dict())
+        self.accelerator.wait_for_everyone()
+        return run
+
+    def _save_checkpoint(self, run: RunDirectory) -> None:
+        if self.accelerator.is_main_process:
+            with run.checkpoint(self.current_step) as directory:
+                save_checkpoint(self, directory)
+            if self.config.save_total_limit is not None:
+                run.prune(self.config.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _log(self, run: RunDirectory, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
+        step = self.current_step
+        self.accelerator.log(dict(metrics), step=step)
+        if self.accelerator.is_main_process and step % self.config.logging_steps == 0:
+            run.append_metrics(step, metrics)
+            count = self.config.episodes_to_log
+            run.append_episodes(step, "train", episodes if count < 0 else episodes[:count], self.tokenizer)
+
+    def _report(self, run: RunDirectory) -> Path | None:
+        return write_report(run.path) if self.accelerator.is_main_process else None
+
+    def _average(self, metrics: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
+        """Weighted mean over processes; all of them have the same names."""
+        if self.accelerator.num_processes == 1:
+            return dict(metrics)
+        values = torch.tensor([*metrics.values(), 1.0], dtype=torch.float64) * weight
+        if self.accelerator.device.type == "mps":
+            values = values.float()
+        *sums, total = self.accelerator.reduce(values.to(self.accelerator.device), "sum").tolist()
+        return {name: value / total for name, value in zip(metrics, sums, strict=True)}
+
+    # Tasks.
+
+    def _task(self, step: int, index: int) -> Mapping[str, Any]:
+        """The `index`-th task of an iteration: tasks are gone through in an order that is new each time."""
+        rows = self.train_rows
+        position = step * self.config.batch_size * self.accelerator.num_processes + index
+        epoch, place = divmod(position, len(rows))
+        return rows[self._order(epoch)[place]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(mix(self.config.seed, _TASKS, epoch))
+            while len(self._orders) > 1:  # an iteration touches the epochs next to each other
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = torch.randperm(len(self.train_rows), generator=generator).tolist()
+        return self._orders[epoch]
+
+    @cached_property
+    def _orders(self) -> dict[int, list[int]]:
+        return {}
+
+    @cached_property
+    def train_rows(self) -> list[dict[str, Any]]:
+        return _rows(self.train_dataset)
+
+    @cached_property
+    def eval_rows(self) -> list[dict[str, Any]]:
+        return _rows(self.eval_dataset)
+
+    @cached_property
+    def test_rows(self) -> list[dict[str, Any]]:
+        return _rows(self.test_dataset)
+
+    @property
+    def _environment(self) -> TextEnvironment:
+        if self.environment is None:
+            raise ConfigError(
+                "train() needs an environment; pass environment= to the trainer, or call step()"
+            )
+        return self.environment
+
+    @cached_property
+    def sampler(self) -> LocalSampler:
+        """A sampler over the very weights that are trained."""
+        return LocalSampler(
+            self.model, self.tokenizer, slots=self.config.slots, autocast=self.accelerator.autocast
+        )
+
+
+def _rows(dataset: Any) -> list[dict[str, Any]]:
+    if dataset is None:
+        return []
+    loaded: Dataset = load_rows(dataset)
+    return [dict(row) for row in loaded]

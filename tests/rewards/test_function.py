@@ -1,0 +1,202 @@
+import asyncio
+import functools
+import math
+import threading
+
+import pytest
+import torch
+
+from etude.errors import RewardError
+from etude.protocols import Reward
+from etude.rewards.function import FunctionReward, SegmentReward, as_reward
+from etude.types import Episode, Segment
+
+
+def played(prompt, *segments, **columns):
+    """An episode from (source, text) pairs."""
+    made = [Segment("prompt", prompt, [])] + [Segment(source, text, []) for source, text in segments]
+    return Episode(task={"prompt": prompt, **columns}, segments=made)
+
+
+EPISODES = [
+    played(
+        "1+1=", ("model", "<request>"), ("tool", "Result=3<submit>"), ("model", "Result=2<submit>"), answer=2
+    ),
+    played("2+2=", ("model", "Result=5<submit>"), answer=4, level="hard"),
+    played("3+3=", ("model", "<request>"), ("tool", "Result=6<submit>")),
+]
+
+
+def score(reward, episodes=EPISODES):
+    return asyncio.run(reward(episodes))
+
+
+def recorder():
+    """A reward with **kwargs, and the arguments that it got."""
+    seen = {}
+
+    def reward(**arguments):
+        seen.update(arguments)
+        return [0.0] * len(EPISODES)
+
+    return reward, seen
+
+
+def test_prompts_completions_and_columns():
+    reward, seen = recorder()
+    assert score(FunctionReward(reward)) == [0.0, 0.0, 0.0]
+    assert seen == {
+        "prompts": ["1+1=", "2+2=", "3+3="],
+        "completions": ["<request>Result=2<submit>", "Result=5<submit>", "<request>"],  # no tool text
+        "answer": [2, 4, None],
+        "level": [None, "hard", None],
+    }
+
+
+def test_only_what_is_declared_is_passed():
+    def exact(completions, answer, bonus=0.5):
+        return [float(f"Result={a}<" in c) + bonus for c, a in zip(completions, answer, strict=True)]
+
+    assert score(FunctionReward(exact)) == [1.5, 0.5, 0.5]
+
+
+def test_episodes_on_request():
+    assert score(FunctionReward(lambda episodes: [e.turns for e in episodes])) == [2.0, 1.0, 1.0]
+
+
+def test_async_functions_and_objects():
+    async def later(completions):
+        await asyncio.sleep(0)
+        return torch.tensor([1.0, 2.0, 3.0])
+
+    class Length:
+        async def __call__(self, prompts):
+            return [len(prompt) for prompt in prompts]
+
+    assert score(FunctionReward(later)) == [1.0, 2.0, 3.0]
+    assert score(FunctionReward(Length())) == [4.0, 4.0, 4.0]
+    assert score(FunctionReward(lambda completions: later(completions), "wrapped")) == [1.0, 2.0, 3.0]
+
+
+def test_sync_functions_leave_the_loop_free():
+    gate = threading.Event()
+
+    def waits(completions):
+        assert gate.wait(5)
+        return [1.0] * len(completions)
+
+    async def main():
+        task = asyncio.create_task(FunctionReward(waits)(EPISODES))
+        await asyncio.sleep(0.05)
+        gate.set()
+        return await task
+
+    assert asyncio.run(main()) == [1.0, 1.0, 1.0]
+
+
+def test_names_and_weight():
+    def exact(completions): ...
+
+    class Judge:
+        def __call__(self, completions): ...
+
+    assert FunctionReward(exact).name == "exact"
+    assert FunctionReward(functools.partial(exact)).name == "exact"
+    assert FunctionReward(Judge()).name == "Judge"
+    assert FunctionReward(exact, name="other", weight=2).name == "other"
+    assert FunctionReward(exact, weight=2).weight == 2.0
+    assert isinstance(FunctionReward(exact), Reward)
+    assert isinstance(SegmentReward(exact), Reward)
+
+
+def test_a_parameter_that_nothing_fills():
+    def exact(completions, answers):
+        return [1.0] * len(completions)
+
+    message = "reward function 'exact' needs 'answers', .* found 'answer', 'level', 'prompts', 'completions'"
+    with pytest.raises(RewardError, match=message):
+        score(FunctionReward(exact))
+
+
+def test_parameters_that_cannot_be_passed_by_name():
+    with pytest.raises(RewardError, match="takes 'completions' by position only"):
+        FunctionReward(lambda completions, /: [])
+    with pytest.raises(RewardError, match="can't be read"):
+        FunctionReward(max)
+
+
+def test_bad_scores_name_the_function_and_the_episode():
+    def broken(completions):
+        return [1.0, math.nan, 0.0]
+
+    with pytest.raises(RewardError, match=r"reward 'broken' returned nan for episode 1, prompt '2\+2='"):
+        score(FunctionReward(broken))
+
+
+@pytest.mark.parametrize("exception", [KeyError("gold"), StopIteration()])
+def test_an_exception_says_where_it_came_from(exception):
+    def broken(completions):
+        raise exception
+
+    with pytest.raises((KeyError, RuntimeError)) as caught:
+        score(FunctionReward(broken))
+    assert caught.value.__notes__ == ["raised by reward function 'broken'"]
+    assert exception in (caught.value, caught.value.__cause__)
+
+
+def test_no_episodes_no_call():
+    assert score(FunctionReward(lambda completions: 1 / 0), []) == []
+    assert score(SegmentReward(lambda segments: 1 / 0), []) == []
+
+
+def exact_match(responses, answers=None):
+    return [torch.tensor(float(f"Result={a}<" in r)) for r, a in zip(responses, answers, strict=True)]
+
+
+def test_segment_reward_takes_last_segments_and_columns():
+    # The third episode ended on a tool's text, which would have been right.
+    assert score(SegmentReward(exact_match, answers=[2, 4, 6])) == [1.0, 0.0, 0.0]
+
+
+def test_segment_reward_finds_declared_columns_in_the_tasks():
+    def reward(segments, answer, scale=1.0):
+        return [scale if str(a) in s else 0.0 for s, a in zip(segments, answer, strict=True)]
+
+    assert score(SegmentReward(reward, scale=3.0)) == [3.0, 0.0, 0.0]
+    assert score(SegmentReward(reward, answer=[0, 5, 0])) == [0.0, 1.0, 0.0]  # given columns come first
+    with pytest.raises(RewardError, match=r"'reward' needs 'answer', .* found none"):
+        score(SegmentReward(reward), [played("no columns", ("model", "x"))])
+
+
+def test_segment_reward_passes_everything_to_open_functions():
+    def reward(segments, **columns):
+        seen.update(columns)
+        return [0.0] * len(segments)
+
+    seen = {}
+    assert score(SegmentReward(reward, 0.5, anything=[1, 2, 3])) == [0.0, 0.0, 0.0]
+    assert seen == {"answer": [2, 4, None], "level": [None, "hard", None], "anything": [1, 2, 3]}
+
+
+def test_segment_reward_refuses_columns_that_nobody_takes():
+    with pytest.raises(RewardError, match="'exact_match' has no parameter for 'answer'; it takes 'answers'"):
+        SegmentReward(exact_match, answer=[2, 4, 6])
+
+
+def test_as_reward():
+    reward = FunctionReward(exact_match)
+    assert as_reward(reward) is reward
+    assert as_reward(exact_match).name == "exact_match"
+
+
+@pytest.mark.parametrize(
+    ("obj", "message"),
+    [
+        (FunctionReward, r"is a class; expected an object of it, FunctionReward\(...\)"),
+        ("exact", "reward is 'exact'; expected a function"),
+        (torch.nn.Linear(2, 2), r"is a model, Linear; .* ClassifierReward\(model, tokenizer\)"),
+    ],
+)
+def test_what_is_not_a_reward(obj, message):
+    with pytest.raises(RewardError, match=message):
+        as_reward(obj)

@@ -1,0 +1,93 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etude.errors import ConfigError, RewardError
+from etude.rewards.scores import check_scores, check_weight
+from etude.types import Episode, Segment
+
+
+def prompted(*prompts):
+    return [Episode(segments=[Segment("prompt", prompt, [])]) for prompt in prompts]
+
+
+FOUR = prompted("one", "two", "three " * 30, "four")
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [1, 0.0, True, False],
+        (np.float32(1), np.int64(0), np.bool_(True), np.zeros(1)),
+        [torch.tensor(1.0), torch.tensor([0]), torch.tensor(True), torch.zeros((), dtype=torch.bfloat16)],
+        torch.tensor([1.0, 0, 1, 0], requires_grad=True),
+        np.array([1, 0, 1, 0]),
+    ],
+)
+def test_numbers_of_every_kind(scores):
+    checked = check_scores(scores, "r", FOUR)
+    assert checked == [1.0, 0.0, 1.0, 0.0]
+    assert {type(score) for score in checked} == {float}
+
+
+def test_none_stays():
+    assert check_scores([None, 1, None, 2], "r", FOUR) == [None, 1.0, None, 2.0]
+    assert check_scores([], "r", []) == []
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [math.nan, math.inf, -math.inf, 10**400, "1.0", 1j, [1.0], torch.ones(2), np.nan, torch.tensor(math.nan)],
+)
+def test_what_is_not_a_finite_number(bad):
+    with pytest.raises(
+        RewardError, match=r"reward 'exact' returned .* for episode 1, prompt 'two'; expected a"
+    ):
+        check_scores([1, bad, 1, 1], "exact", FOUR)
+
+
+def test_all_bad_episodes_are_named():
+    nan = math.nan
+    with pytest.raises(RewardError, match=r"for episode 0, prompt 'one' \(and for 2 more: 2, 3\)"):
+        check_scores([nan, 1.0, nan, nan], "exact", FOUR)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (
+            [1, 2],
+            "returned 2 scores for 4 episodes .*the first without a score is episode 2, prompt 'three .*…",
+        ),
+        ([1] * 5, "returned 5 scores for 4 episodes .*the last are too many"),
+        (1.0, "returned 1.0; expected a list of 4 scores"),
+        (torch.tensor(1.0), "returned 1.0; expected a list"),
+        ("1111", "expected a list"),
+        ({"a": 1}, "expected a list"),
+        (None, "returned None; expected a list"),
+        (torch.ones(4, 2), r"returned \[1.0, 1.0\] for episode 0"),
+    ],
+)
+def test_wrong_shapes(scores, message):
+    with pytest.raises(RewardError, match=message):
+        check_scores(scores, "exact", FOUR)
+
+
+def test_an_episode_without_text_is_named_by_its_task():
+    with pytest.raises(RewardError, match="episode 0, prompt 'from the task'"):
+        check_scores([math.nan], "r", [Episode(task={"prompt": "from the task"})])
+
+
+@given(st.lists(st.none() | st.floats(allow_nan=False, allow_infinity=False), max_size=8))
+def test_finite_scores_are_unchanged(scores):
+    assert check_scores(scores, "r", prompted(*["p"] * len(scores))) == scores
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, "1", None])
+def test_weights(weight):
+    with pytest.raises(ConfigError, match="weight of reward 'r'"):
+        check_weight(weight, "r")
