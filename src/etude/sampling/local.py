@@ -14,6 +14,7 @@ Not covered: other processes or machines, encoder–decoders.
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -275,14 +276,14 @@ class LocalSampler:
                 self._release(min(idle, key=lambda holder: len(holder.token_ids)))
         if not self._free:
             return False
-        session.slot = self._free.pop()
+        session.slot = heapq.heappop(self._free)  # the lowest, so that busy slots lie close together
         self._holders[session.slot] = session
         return True
 
     def _release(self, session: LocalSession) -> None:
         if session.slot is not None:
             del self._holders[session.slot]
-            self._free.append(session.slot)
+            heapq.heappush(self._free, session.slot)
         session.slot, session.cached = None, 0
 
     def _withdraw(self, turn: _Turn) -> None:

@@ -59,8 +59,9 @@ def sampling_params(
             raise ConfigError(f"unknown generation keyword {name!r}; {hint}")
     sample = given.get("do_sample", do_sample)
     strings = given.get("stop_strings") or ()
+    limit = {"max_new_tokens": int(given["max_new_tokens"])} if given.get("max_new_tokens") else {}
     return SamplingParams(
-        max_new_tokens=int(given.get("max_new_tokens") or SamplingParams.max_new_tokens),
+        **limit,
         min_new_tokens=int(given.get("min_new_tokens") or 0),
         temperature=float(given.get("temperature") or 1.0) if sample else 0.0,
         top_k=int(given.get("top_k") or 0),

@@ -1,0 +1,185 @@
+"""The table of every command's options: names, types, defaults and help.
+
+Importing a trainer's configuration can take seconds (transformers'). So the options are read off the
+dataclasses once, by `python -m etude.app.options`, and kept in `options.json`; help and parsing read that
+file. A test compares the two. Only given values reach a dataclass: its own defaults stay in force.
+
+Left out: settings marked `hidden`, those whose type can't be written in YAML, and `_UNUSED` ones.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from etude.app.references import load_object
+
+TABLE = Path(__file__).with_name("options.json")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        summary: what it does.
+        classes: the dataclasses whose fields are its options, by the titles help shows. A name that two of
+            them declare belongs to the first.
+        required: options that have to be given although their class has a default.
+    """
+
+    summary: str
+    classes: Mapping[str, str]
+    required: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "sft": Command(
+        "Fine-tune a model on demonstrations.",
+        {
+            "Model": "etude.app.arguments:ModelArguments",
+            "Data": "etude.app.arguments:DataArguments",
+            "Run": "etude.app.arguments:RunArguments",
+            "Training": "etude.trainers.sft_config:SFTConfig",
+        },
+        required=("output_dir",),
+    ),
+    "ppo": Command(
+        "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
+        {
+            "Model": "etude.app.arguments:ModelArguments",
+            "Tasks": "etude.app.arguments:TaskArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Run": "etude.app.arguments:RunArguments",
+            "Training": "etude.trainers.ppo_config:PPOConfig",
+        },
+        required=("output_dir",),
+    ),
+}
+
+# Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is
+# for scripts of transformers' own.
+_UNUSED = {"model_init_kwargs", "do_train", "do_eval", "do_predict", "local_rank"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: as in the dataclass, in YAML and after `--`.
+        type: a Python type, written out: `int | None`, `Literal['a', 'b']`, `list[str]`.
+        default: None where there is none.
+        required: it has to be given.
+        help: one line.
+        title: the group it belongs to, a key of `Command.classes`.
+    """
+
+    name: str
+    type: str
+    default: Any
+    required: bool
+    help: str
+    title: str
+
+    @property
+    def kinds(self) -> list[str]:
+        """The alternatives of its type."""
+        return self.type.split(" | ")
+
+    @property
+    def choices(self) -> list[str]:
+        """What it can be, where the type enumerates that."""
+        literals = [kind for kind in self.kinds if kind.startswith("Literal[")]
+        return [str(value) for kind in literals for value in ast.literal_eval(kind[len("Literal") :])]
+
+    def takes(self, kind: str) -> bool:
+        """Whether it can be of a kind: "bool", "list", "dict", …"""
+        return any(each.partition("[")[0] == kind for each in self.kinds)
+
+
+@functools.cache
+def read_options(command: str) -> dict[str, Option]:
+    """Options of a command by name, in the order help shows them."""
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))[command]
+    return {row["name"]: Option(**row) for row in rows}
+
+
+def describe_options(command: Command) -> dict[str, Option]:
+    """The same, read off the dataclasses themselves."""
+    found: dict[str, Option] = {}
+    for title, reference in command.classes.items():
+        for option in _options_of(load_object(reference), title):
+            required = option.required or option.name in command.required
+            found.setdefault(option.name, replace(option, required=required))
+    return found
+
+
+def write_table() -> None:
+    table = {
+        name: [dataclasses.asdict(option) for option in describe_options(command).values()]
+        for name, command in COMMANDS.items()
+    }
+    TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _options_of(cls: type, title: str) -> Iterator[Option]:
+    hints = typing.get_type_hints(cls)
+    documented = _documented(cls)
+    for field in dataclasses.fields(cls):
+        written = _written(hints[field.name])
+        if field.name in _UNUSED or field.metadata.get("hidden") or written in ("", "None"):
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        required = default is MISSING
+        if required:
+            default = None
+        elif isinstance(default, Enum):
+            default = default.value
+        help = field.metadata.get("help", "").replace("%%", "%")  # argparse's spelling
+        help = " ".join((help or documented.get(field.name, "")).split())
+        yield Option(field.name, written, default, required, help, title)
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """What the `Attributes:` of a class's docstring say, by name."""
+    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: text for names, text in entries for name in names.split(", ")}
+
+
+def _written(hint: Any) -> str:
+    """A type as text; empty where it has no YAML form. Enumerations are written as their values."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in (None, type(None)):
+        return "None"
+    if hint is Any:
+        return "Any"
+    if origin in (Union, types.UnionType):
+        named = any(isinstance(member, type) and issubclass(member, Enum) for member in arguments)
+        # `SchedulerType | str` accepts the names of the enumeration, not any text.
+        parts = [_written(member) for member in arguments if not (named and member is str)]
+        return " | ".join(dict.fromkeys(part for part in parts if part))
+    if origin is Literal:
+        return f"Literal[{', '.join(map(repr, arguments))}]"
+    if origin in (list, dict):
+        inner = [_written(argument) for argument in arguments]
+        return f"{origin.__name__}[{', '.join(inner)}]" if all(inner) else ""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"Literal[{', '.join(repr(member.value) for member in hint)}]"
+    return hint.__name__ if hint in (int, float, bool, str, list, dict) else ""
+
+
+if __name__ == "__main__":
+    write_table()

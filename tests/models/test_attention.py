@@ -1,0 +1,142 @@
+"""The attention that sampler and trainer share: leaks, the cache, and what is refused."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from etude.errors import ModelError
+from etude.models.attention import (
+    PackedPlan,
+    SlotCache,
+    install,
+    packed_attention,
+    packed_inputs,
+    supports_packing,
+)
+
+SMALL = {
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def make_mistral(window):
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=window)).double().eval()
+
+
+def ids(n, seed=0):
+    return torch.randint(0, 53, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def packed_logits(model, sequences):
+    plan = PackedPlan([len(s) for s in sequences])
+    logits = model(**packed_inputs([t for s in sequences for t in s], plan)).logits[0]
+    return logits.split([len(s) for s in sequences])
+
+
+def test_changing_one_sequence_leaves_its_neighbours_bitwise_alone(make_llama):
+    model = make_llama(dtype=torch.float64)
+    assert supports_packing(model)
+    a, b, c = ids(9), ids(10, 1), ids(11, 2)
+    before = packed_logits(model, [a, b, c])
+    after = packed_logits(model, [a, [t ^ 1 for t in b], c])
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[2], after[2])
+    assert not torch.allclose(before[1], after[1])
+
+
+@pytest.mark.parametrize("window", [None, 4, 7])
+@torch.no_grad()
+def test_sliding_windows(window):
+    model = make_mistral(window)
+    sequences = [ids(15), ids(16, 1), ids(3, 2)]
+    expected = [model(torch.tensor([s]), use_cache=False).logits[0] for s in sequences]
+    assert supports_packing(model)
+    for actual, plain in zip(packed_logits(model, sequences), expected, strict=True):
+        torch.testing.assert_close(actual, plain)
+    for actual, plain in zip(packed_logits(model, sequences[:2]), expected[:2], strict=True):
+        torch.testing.assert_close(actual, plain)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_a_cache_fed_in_pieces_equals_one_forward(window):
+    """Prompts, single tokens and short pieces of several sequences, mixed in the same steps."""
+    model = make_mistral(window)
+    sequences = {0: ids(14), 3: ids(12, 1), 1: ids(13, 2)}
+    expected = {slot: model(torch.tensor([s]), use_cache=False).logits[0] for slot, s in sequences.items()}
+    assert supports_packing(model)
+    cache = SlotCache(slots=5, length=4)
+    pieces = {0: [6, 1, 1, 3, 1, 1, 1], 3: [1, 1, 5, 1, 1, 2, 1], 1: [7, 1, 1, 1, 1, 1, 1]}
+    done = dict.fromkeys(sequences, 0)
+    for step in range(7):
+        lengths = [pieces[slot][step] for slot in sequences]
+        past = list(done.values())
+        cache.reserve(max(p + n for p, n in zip(past, lengths, strict=True)))
+        plan = PackedPlan(lengths, past=past, cache=cache, slots=list(sequences))
+        fed = [t for s, p, n in zip(sequences.values(), past, lengths, strict=True) for t in s[p : p + n]]
+        outputs = model(**packed_inputs(fed, plan)).logits[0].split(lengths)
+        for (slot, first), output in zip(done.items(), outputs, strict=True):
+            torch.testing.assert_close(output, expected[slot][first : first + len(output)])
+        done = {slot: p + n for (slot, p), n in zip(done.items(), lengths, strict=True)}
+    assert all(done[slot] == len(s) for slot, s in sequences.items())
+
+
+def test_decoding_together_is_used_only_where_it_pays():
+    cache = SlotCache(slots=64, length=64)
+    close = PackedPlan([1, 1, 5, 1], past=[9, 10, 0, 12], cache=cache, slots=[2, 3, 4, 5])
+    assert close.decoding is not None
+    assert close.decoding.members == {0, 1, 3}
+    scattered = PackedPlan([1, 1], past=[9, 10], cache=cache, slots=[0, 60])
+    assert scattered.decoding is None
+    alone = PackedPlan([1, 6], past=[9, 0], cache=cache, slots=[0, 1])
+    assert alone.decoding is None
+
+
+def test_what_is_not_served_is_refused_and_takes_the_slower_way():
+    torch.manual_seed(0)
+    soft_capped = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8)).eval()
+    assert not supports_packing(soft_capped)
+    gptj = GPTJForCausalLM(
+        GPTJConfig(vocab_size=53, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=32)
+    )
+    assert not supports_packing(gptj.eval())
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ModelError, match="softcap"):
+        packed_attention(torch.nn.Identity(), x, x, x, PackedPlan([3]), softcap=30.0)
+
+
+@torch.no_grad()
+def test_calls_without_a_plan_are_as_before(make_llama, make_gpt2):
+    for model in (make_llama(dtype=torch.float64), make_gpt2(dtype=torch.float64)):
+        x, mask = torch.tensor([ids(7), ids(7, 1)]), torch.ones(2, 7, dtype=torch.long)
+        mask[1, :3] = 0
+        before = model(x, attention_mask=mask).logits
+        install(model)
+        install(model)
+        assert torch.equal(model(x, attention_mask=mask).logits, before)
+
+
+@torch.no_grad()
+def test_the_test_that_guards_packing_leaves_no_trace(make_gpt2):
+    model = make_gpt2().train()
+    assert supports_packing(model)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
