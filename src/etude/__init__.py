@@ -13,20 +13,45 @@ __version__ = "0.1.0"
 # name -> module that defines it. tests/test_exports.py holds this table against the modules.
 _EXPORTS = {
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "ClassifierReward": "etude.rewards.classifier",
     "create_reference_model": "etude.models.reference",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
+    "FunctionReward": "etude.rewards.function",
+    "LengthSampler": "etude.sampling.lengths",
+    "LocalSampler": "etude.sampling.local",
+    "PPOConfig": "etude.trainers.ppo_config",
+    "PPOTrainer": "etude.trainers.ppo",
+    "RunDirectory": "etude.runtime.run",
     "SamplingParams": "etude.types",
     "Segment": "etude.types",
+    "set_seed": "transformers.trainer_utils",
+    "SFTConfig": "etude.trainers.sft_config",
+    "SFTTrainer": "etude.trainers.sft",
     "StopReason": "etude.types",
+    "TextEnvironment": "etude.environments.text",
+    "TextHistory": "etude.environments.history",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
+    from transformers.trainer_utils import set_seed as set_seed
+
+    from etude.environments.history import TextHistory as TextHistory
+    from etude.environments.text import TextEnvironment as TextEnvironment
     from etude.errors import EtudeError as EtudeError
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
+    from etude.rewards.classifier import ClassifierReward as ClassifierReward
+    from etude.rewards.function import FunctionReward as FunctionReward
+    from etude.runtime.run import RunDirectory as RunDirectory
+    from etude.sampling.lengths import LengthSampler as LengthSampler
+    from etude.sampling.local import LocalSampler as LocalSampler
+    from etude.trainers.ppo import PPOTrainer as PPOTrainer
+    from etude.trainers.ppo_config import PPOConfig as PPOConfig
+    from etude.trainers.sft import SFTTrainer as SFTTrainer
+    from etude.trainers.sft_config import SFTConfig as SFTConfig
     from etude.types import Episode as Episode
     from etude.types import SamplingParams as SamplingParams
     from etude.types import Segment as Segment

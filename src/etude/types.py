@@ -203,6 +203,16 @@ class Episode:
         return [token for segment in self.segments for token in segment.token_ids]
 
     @property
+    def unseen(self) -> list[int]:
+        """Tokens after the model's last turn: what its next turn has yet to read."""
+        tokens: list[int] = []
+        for segment in reversed(self.segments):
+            if segment.source == "model":
+                break
+            tokens[:0] = segment.token_ids
+        return tokens
+
+    @property
     def sampled(self) -> list[bool]:
         """One flag per token: this run's policy sampled it. For policy-gradient losses."""
         return [s.sampled for s in self.segments for _ in s.token_ids]

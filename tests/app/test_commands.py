@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from etude.app.cli import main
+from etude.models.loading import load_tokenizer
 from etude.runtime.run import RunDirectory
 
 REWARDS = """
@@ -157,12 +157,15 @@ def demonstrations(workplace: Path) -> Path:
     return workplace
 
 
-def test_sft_learns_its_demonstrations(demonstrations: Path, model_directory: Path) -> None:
+def test_sft_learns_its_demonstrations(
+    demonstrations: Path, model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert sft(model_directory, "--logging_steps=1", "--save_strategy=steps", "--save_steps=3") == 0
+    assert capsys.readouterr().out.endswith("model: runs/sft\n")
     state = json.loads((demonstrations / "runs/sft/checkpoint-6/trainer_state.json").read_text())
     losses = [row["loss"] for row in state["log_history"] if "loss" in row]
     assert losses[-1] < losses[0]
-    LlamaForCausalLM.from_pretrained(demonstrations / "runs/sft")  # a plain model, with nothing missing
+    assert load_tokenizer("runs/sft").eos_token == "[eos]"
 
     trained = weights(demonstrations / "runs/sft")
     assert sft(model_directory, "--resume_from_checkpoint=runs/sft/checkpoint-3") == 0

@@ -78,7 +78,7 @@ def test_an_episode_to_the_token(make_env, tokenizer):
     env = make_env({"what is 1+2?": [CALL, "=3<submit>"], "say 3": ["=3<submit>"]})
     assert isinstance(env, Environment)
     with_tool, without = play(env, "what is 1+2?", "say 3")
-    assert [s.source for s in with_tool.segments] == ["prompt", "model", "tool", "model"]
+    assert [s.source for s in with_tool.segments] == ["prompt", "model", "tool", "environment", "model"]
     assert with_tool.text == "what is 1+2?" + CALL + "3<response>" + "=3<submit>"
     assert with_tool.token_ids == tokenizer.encode(with_tool.text), (
         "single characters: there is one way to write it"
@@ -204,10 +204,10 @@ def control(query: str) -> str:
 def test_tool_text_is_data_and_never_control(make_env, tokenizer):
     env = make_env({"go": ["<request><control>1<call>", "no<submit>"]}, tools=(control,))
     [episode] = play(env, "go")
-    tool = episode.segments[2]
+    tool, frame = episode.segments[2:4]
     forbidden = set(tokenizer.convert_tokens_to_ids(["<submit>", "<call>", "[eos]"]))
     assert not forbidden & set(tool.token_ids)
-    assert tool.token_ids[-1] == tokenizer.convert_tokens_to_ids("<response>")
+    assert frame.token_ids == [tokenizer.convert_tokens_to_ids("<response>")]
     assert episode.stop is StopReason.SUBMITTED
     assert episode.turns == 2, "the tool's <submit> ended nothing"
     assert episode.reward == 0.0, "and its =3<submit> was not taken for the answer"
@@ -218,7 +218,7 @@ def test_responses_are_capped(make_env):
     [by_characters] = play(make_env(turns, tools=(echo,), max_tool_reponse=8), "go")
     assert by_characters.tool_calls[0].response == "abcde..."
     [by_tokens] = play(make_env(turns, tools=(echo,), max_tool_response_tokens=5), "go")
-    assert by_tokens.segments[2].text == "abcde<response>"
+    assert by_tokens.segments[2].text == "abcde"
     assert by_tokens.tool_calls[0].truncated
 
 
@@ -340,7 +340,7 @@ def test_the_open_points(make_env):
     env = make_env({"count 3": [CALL, CALL]}, cls=Countdown, reward_fn=None)
     [episode] = run_sync(env.run_episodes([{"start": 3}]))
     assert episode.stop is StopReason.DONE
-    assert episode.segments[-1].source == "tool"
+    assert episode.segments[-1].text == "<response>"
     assert episode.reward == len(episode)
 
 

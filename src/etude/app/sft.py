@@ -40,6 +40,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"model: {config.output_dir}")
 
 
 def _checkpoint(resume: bool | str | None, output_dir: str) -> str | None:

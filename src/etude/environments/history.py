@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from rich import print as rich_print
 from torch import Tensor
@@ -79,25 +81,33 @@ class TextHistory:
         return torch.tensor(self.episode.sampled, dtype=torch.long, device=self.device)
 
     @property
-    def text_spans(self) -> list[tuple[int, int]]:
-        spans, start = [], 0
+    def _runs(self) -> list[list[Segment]]:
+        """The episode's segments, those of a tool and its frame together: TRL has one segment for them."""
+        runs: list[list[Segment]] = []
         for segment in self.episode.segments:
-            spans.append((start, start + len(segment.text)))
-            start += len(segment.text)
-        return spans
+            answers = segment.source in ("tool", "environment")
+            if runs and answers and runs[-1][0].source in ("tool", "environment"):
+                runs[-1].append(segment)
+            else:
+                runs.append([segment])
+        return runs
+
+    @property
+    def text_spans(self) -> list[tuple[int, int]]:
+        return _spans([sum(len(segment.text) for segment in run) for run in self._runs])
 
     @property
     def token_spans(self) -> list[tuple[int, int]]:
-        return [(start, end) for start, end, _ in self.episode.spans()]
+        return _spans([sum(len(segment.token_ids) for segment in run) for run in self._runs])
 
     @property
     def system_spans(self) -> list[bool]:
-        sources = [segment.source != "model" for segment in self.episode.segments]
+        sources = [run[0].source != "model" for run in self._runs]
         return [self._first_system, *sources[1:]]
 
     @property
     def last_text_segment(self) -> str:
-        return self.episode.segments[-1].text
+        return "".join(segment.text for segment in self._runs[-1])
 
     def split_query_response_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """(query [q], response [r], mask of the response [r])"""
@@ -119,3 +129,8 @@ class TextHistory:
 
     def show_colour_legend(self) -> None:
         rich_print(legend())
+
+
+def _spans(lengths: list[int]) -> list[tuple[int, int]]:
+    ends = list(accumulate(lengths))
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -222,10 +222,9 @@ class TextEnvironment(Lockstep):
         if room < 1:
             episode.stop = StopReason.MAX_TOKENS
             return
-        new_tokens = episode.token_ids if episode.turns == 0 else episode.segments[-1].token_ids
         started = time.monotonic()
         params = replace(self.params, max_new_tokens=min(self.params.max_new_tokens, room))
-        sampled = await session.sample(new_tokens, params)
+        sampled = await session.sample(episode.unseen, params)
         _count(episode, "sample", started)
         episode.append(sampled.segment())
         parsed = self.protocol.parse(sampled.text)
@@ -267,11 +266,17 @@ class TextEnvironment(Lockstep):
             response = self.tokenizer.decode(response_ids, clean_up_tokenization_spaces=False)
             call.truncated = True
         before, after = self.protocol.frame()
-        ids = [*encode_control(self.tokenizer, before), *response_ids, *encode_control(self.tokenizer, after)]
-        if len(episode) + len(ids) >= limit:
+        answer = [
+            Segment("environment", before, encode_control(self.tokenizer, before)),
+            Segment("tool", response, response_ids),
+            Segment("environment", after, encode_control(self.tokenizer, after)),
+        ]
+        if len(episode) + sum(len(segment.token_ids) for segment in answer) >= limit:
             episode.stop = StopReason.MAX_TOKENS
             return
-        episode.append(Segment("tool", before + response + after, ids))
+        for segment in answer:
+            if segment.token_ids:
+                episode.append(segment)
         if self.is_done(episode):
             episode.stop = StopReason.DONE
 

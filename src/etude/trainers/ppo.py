@@ -157,6 +157,7 @@ class PPOTrainer(OnlineTrainer):
         """Observe the batch, give each token its credit, and go through it `ppo_epochs` times."""
         config, clock = self.config, _Clock()
         scores_B = self._scaled([trajectory.score for trajectory in trajectories])
+        clock.lap("compute_rewards")
         experience = self.learner.observe(trajectories)
         clock.lap("forward_pass")
         kl_coef = self.kl_ctl.value
@@ -181,6 +182,7 @@ class PPOTrainer(OnlineTrainer):
             warnings.warn("nothing was sampled in this batch, so there was nothing to learn", stacklevel=2)
             return {"ppo/mean_scores": scores_B.mean().item()}
         stats = step_stats(experience, credit, scores_B, log, kl_coef)
+        stats |= {"kl": stats["objective/kl"], "loss": stats["ppo/loss/total"]}
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         kl = self.accelerator.reduce(torch.tensor(stats["objective/kl"], device=self.current_device), "mean")
         self.kl_ctl.update(float(kl), config.batch_size * self.accelerator.num_processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from etude.errors import ConfigError
@@ -52,3 +53,5 @@ class SFTConfig(TrainingArguments):
                 f"max_length is {self.max_length}; expected None or at least 2: one token to read, one to learn"
             )
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns

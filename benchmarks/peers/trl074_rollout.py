@@ -1,0 +1,26 @@
+"""TRL 0.7.4's side of the rollout benchmark: its `TextEnvironment` in a worker process."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import AutoModelForCausalLMWithValueHead, TextEnvironment
+
+from benchmarks.common import serve
+from benchmarks.scripted import describe, timed_rollout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint")
+    checkpoint = parser.parse_args().checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    trunk = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(trunk).eval()  # what its environment takes
+    serve(describe(trunk, "trl", "accelerate"), partial(timed_rollout, TextEnvironment, model, tokenizer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,362 @@
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
+
+from etude.errors import ConfigError, DataError, ModelError
+from etude.trainers.sft import SFTTrainer, supervised_loss, tokenize_rows
+from etude.trainers.sft_config import SFTConfig
+
+ROWS = [  # of different lengths, with different numbers of targets
+    {"prompt": f"{a}+{b}=", "completion": str(a + b) * (1 + a % 3)} for a in range(4) for b in (5, 60)
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    made.add_tokens(["<|im_start|>", "<|im_end|>"])
+    made.chat_template = CHATML
+    return made
+
+
+def tiny_llama(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, vocabulary: int = 260
+) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_bart() -> BartForCausalLM:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=260, d_model=16, decoder_layers=1, decoder_ffn_dim=16, decoder_attention_heads=2,
+        dropout=0.0, init_std=0.2, max_position_embeddings=64, bos_token_id=256, eos_token_id=256, pad_token_id=257,
+    )  # fmt: skip
+    return BartForCausalLM(config)
+
+
+def settings(directory, **options: Any) -> SFTConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(directory),
+        "max_steps": 1,
+        "per_device_train_batch_size": len(ROWS),
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+    }
+    return SFTConfig(**defaults | options)
+
+
+def loss_by_hand(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Mapping[str, str]]
+) -> float:
+    """Mean negative log-likelihood of the completions' tokens, one row at a time, without padding."""
+    total, count = 0.0, 0
+    for row in rows:
+        prompt = tokenizer.encode(row["prompt"])
+        ids = [*prompt, *tokenizer.encode(row["completion"]), tokenizer.eos_token_id]
+        with torch.no_grad():
+            logprobs_TV = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for position in range(len(prompt), len(ids)):
+            total -= logprobs_TV[position - 1, ids[position]].item()
+            count += 1
+    return total / count
+
+
+def test_loss_by_hand():
+    """Vocabulary of two; the model is certain by 0, log 3 or log 9 of the first token."""
+    logits = torch.tensor(
+        [[[0.0, 0.0], [math.log(3), 0.0], [math.log(9), 0.0], [5.0, 5.0]]], dtype=torch.float64
+    )
+    labels = torch.tensor([[1, 0, -100, 1]])  # the first label has nothing before it
+    expected = -(math.log(1 / 2) + math.log(1 / 10)) / 2
+    assert supervised_loss({"logits": logits}, labels).item() == pytest.approx(expected, rel=1e-12)
+    assert supervised_loss({"logits": logits}, labels, 4).item() == pytest.approx(expected / 2, rel=1e-12)
+    half = supervised_loss({"logits": logits.bfloat16()}, labels)
+    assert half.dtype == torch.float32
+
+
+def test_label_smoothing_is_torchs():
+    logits, labels = torch.randn(1, 3, 5), torch.tensor([[-100, 2, 4]])
+    expected = torch.nn.functional.cross_entropy(logits[0, :2], labels[0, 1:], label_smoothing=0.1)
+    torch.testing.assert_close(supervised_loss({"logits": logits}, labels, None, 0.1), expected)
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_llama, tiny_bart], ids=["llama", "bart, whose own loss does not shift"]
+)
+def test_the_logged_loss_is_the_cross_entropy_of_the_targets(tmp_path, tokenizer, build):
+    model = build()
+    expected = loss_by_hand(model.eval(), tokenizer, ROWS)
+    trainer = SFTTrainer(model, settings(tmp_path), train_dataset=ROWS, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_accumulated_batches_equal_one_batch(tmp_path, tokenizer, batch):
+    """Rows differ in their number of targets: a mean of means would give other weights."""
+
+    def trained(size: int, steps: int) -> tuple[dict[str, torch.Tensor], float]:
+        args = settings(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=0.5,
+            lr_scheduler_type="constant",
+        )
+        model = tiny_llama(dtype=torch.float64)
+        trainer = SFTTrainer(model, args, train_dataset=ROWS, processing_class=tokenizer)
+        trainer.train()
+        return model.state_dict(), trainer.state.log_history[0]["loss"]
+
+    (whole, whole_loss), (parts, parts_loss) = trained(8, 1), trained(batch, -(-8 // batch))
+    assert parts_loss == pytest.approx(whole_loss, rel=1e-6)
+    start = tiny_llama(dtype=torch.float64).state_dict()
+    assert max((whole[k] - start[k]).abs().max().item() for k in start) > 1e-3
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-9, atol=1e-11)
+
+
+def test_evaluation_has_a_loss(tmp_path, tokenizer):
+    model = tiny_llama()
+    args = settings(tmp_path, per_device_eval_batch_size=8)
+    trainer = SFTTrainer(model, args, eval_dataset={"all": ROWS, "one": ROWS[:1]}, processing_class=tokenizer)
+    metrics = trainer.evaluate()
+    assert metrics["eval_all_loss"] == pytest.approx(loss_by_hand(model, tokenizer, ROWS), rel=1e-5)
+    assert metrics["eval_one_loss"] == pytest.approx(loss_by_hand(model, tokenizer, ROWS[:1]), rel=1e-5)
+
+
+def test_it_learns(tmp_path, tokenizer):
+    model = tiny_llama()
+    before = loss_by_hand(model, tokenizer, ROWS[:3])
+    args = settings(tmp_path, max_steps=60, learning_rate=2e-2)
+    SFTTrainer(model, args, train_dataset=ROWS[:3], processing_class=tokenizer).train()
+    assert loss_by_hand(model.eval(), tokenizer, ROWS[:3]) < 0.1 * before
+
+
+MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "learned"),
+    [
+        ("hi", "hi</s>"),
+        ({"text": "hi"}, "hi</s>"),
+        ({"messages": MESSAGES}, "4<|im_end|>"),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, "4<|im_end|>"),
+        ({"segments": [{"source": "prompt", "text": "2?"}, {"source": "model", "text": "4"}]}, "4</s>"),
+    ],
+)
+def test_each_format_is_tokenised(tmp_path, tokenizer, row, learned):
+    [tokenized] = tokenize_rows([row], tokenizer, settings(tmp_path))
+    assert set(tokenized) == {"input_ids", "labels"}
+    labels = [label for label in tokenized["labels"] if label != -100]
+    # A text's first token has nothing before it to predict it from.
+    assert tokenizer.decode(labels) == (learned[1:] if learned.startswith("hi") else learned)
+
+
+def test_files_processes_and_columns(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "note": "not used"}) for row in ROWS))
+    one = tokenize_rows(str(path), tokenizer, settings(tmp_path))
+    two = tokenize_rows(str(path), tokenizer, settings(tmp_path, dataset_num_proc=2))
+    assert one.to_list() == two.to_list()
+    assert len(one) == len(ROWS)
+
+
+def test_what_is_cut_and_left_out_is_said(tmp_path, tokenizer, caplog):
+    rows = [{"prompt": "123456", "completion": "78"}, {"prompt": "1", "completion": "234567"}, ROWS[0]]
+    with caplog.at_level(logging.WARNING, logger="etude"):
+        tokenized = tokenize_rows(rows, tokenizer, settings(tmp_path, max_length=6))
+    assert [len(row["input_ids"]) for row in tokenized] == [6, 6]
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 rows are longer than max_length=6 and lose their end",
+        "1 of 3 rows have nothing to learn and are left out",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "match"),
+    [
+        (
+            [{"instruction": "a", "output": "b"}],
+            {},
+            r"the columns are 'instruction', 'output'; expected one of",
+        ),
+        ([], {}, "has no rows"),
+        ("missing.jsonl", {}, "no file or folder 'missing.jsonl'"),
+        (
+            [{"prompt": "1234", "completion": "5"}],
+            {"max_length": 4},
+            r"none of the 1 rows has a token to learn",
+        ),
+        ([{"messages": MESSAGES[:1]}], {}, r"none of the 1 rows has a token to learn"),
+        (
+            [ROWS[0], {"prompt": "a", "completion": None}],
+            {},
+            "row 1: prompt is a str and completion a NoneType",
+        ),
+        (["a"], {"completion_only_loss": True}, "row 0: completion_only_loss=True"),
+    ],
+)
+def test_data_that_is_wrong(tmp_path, tokenizer, rows, options, match):
+    with pytest.raises(DataError, match=match):
+        SFTTrainer(
+            tiny_llama(), settings(tmp_path, **options), train_dataset=rows, processing_class=tokenizer
+        )
+
+
+def test_models_and_settings_that_do_not_fit(tmp_path, tokenizer):
+    args = settings(tmp_path)
+    with pytest.raises(ModelError, match=r"tokenizer has 260 tokens and the model embeds 200.*resize_token"):
+        SFTTrainer(tiny_llama(vocabulary=200), args, train_dataset=ROWS, processing_class=tokenizer)
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=260, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        SFTTrainer(t5, args, train_dataset=ROWS, processing_class=tokenizer)
+    with pytest.raises(ConfigError, match="expected an SFTConfig"):
+        SFTTrainer(tiny_llama(), TrainingArguments(use_cpu=True), processing_class=tokenizer)
+    with pytest.raises(ConfigError, match="pass its tokenizer"):
+        SFTTrainer(tiny_llama(), args, train_dataset=ROWS)
+    with pytest.raises(ConfigError, match="already loaded"):
+        SFTTrainer(
+            tiny_llama(), settings(tmp_path, model_init_kwargs={"dtype": "auto"}), processing_class=tokenizer
+        )
+    with pytest.raises(ConfigError, match="max_length is 1"):
+        settings(tmp_path, max_length=1)
+
+
+def test_what_is_saved_loads_again(tmp_path, tokenizer):
+    base = tmp_path / "secret" / "base"
+    tiny_llama().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    args = settings(tmp_path / "tuned", learning_rate=1e-2)
+    trainer = SFTTrainer(str(base), args, train_dataset=ROWS)  # model and tokenizer by name
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "tuned").get_vocab() == tokenizer.get_vocab()
+    card = ModelCard.load(tmp_path / "tuned" / "README.md")
+    assert card.data.tags == ["etude", "sft"]
+    assert "# tuned" in card.text
+    assert "from `base` with `SFTTrainer`" in card.text
+    assert "| learning_rate | `0.01` |" in card.text
+    assert "secret" not in card.text
+    trainer.create_model_card(model_name="Adder", tags=["sums"])  # as `push_to_hub(tags=...)` calls it
+    assert ModelCard.load(tmp_path / "tuned" / "README.md").data.tags == ["etude", "sft", "sums"]
+
+
+def test_an_adapter_is_trained_alone(tmp_path, tokenizer):
+    model = tiny_llama()
+    frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
+    args = settings(tmp_path, learning_rate=1e-1, max_steps=2)
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model,
+        args,
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] != before
+    trainer.save_model()
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
+    restored = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    batch = torch.tensor([tokenizer.encode("1+2=3")])
+    torch.testing.assert_close(restored(batch).logits, trainer.model.eval()(batch).logits)
+    for name, weight in trainer.model.unload().state_dict().items():
+        assert torch.equal(weight, frozen[name])
+    with pytest.raises(ConfigError, match="already has an adapter"):
+        SFTTrainer(restored, args, train_dataset=ROWS, processing_class=tokenizer, peft_config=peft_config)
+
+
+def test_a_run_that_is_resumed_ends_where_an_unbroken_one_does(tmp_path, tokenizer):
+    def trained(directory, *, resume: bool = False, **options: Any) -> dict[str, torch.Tensor]:
+        args = settings(
+            directory, save_strategy="steps", save_steps=2, per_device_train_batch_size=3, max_steps=5,
+            learning_rate=1e-2, **options,
+        )  # fmt: skip
+        trainer = SFTTrainer(tiny_llama(), args, train_dataset=ROWS, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2") if resume else None)
+        return trainer.model.state_dict()
+
+    unbroken = trained(tmp_path)
+    assert (tmp_path / "checkpoint-2" / "README.md").exists()
+    resumed = trained(tmp_path, resume=True)
+    for name, weight in unbroken.items():
+        torch.testing.assert_close(resumed[name], weight)
+
+
+def test_nothing_is_reported_to_anyone_unless_asked(tmp_path):
+    assert settings(tmp_path).report_to == []
+
+
+def test_reading_the_settings_loads_no_model_code():
+    code = (
+        "import sys, etude.trainers.sft_config; print(*(m for m in sys.modules if m in ('peft', 'datasets')))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "\n"
+    )
