@@ -47,7 +47,7 @@ def test_help_loads_nothing_slow(arguments: list[str]) -> None:
         best = min(best, time.perf_counter() - start)
         assert result.returncode == 0
         assert result.stdout.splitlines()[-1] == "LOADED"
-    assert best < 1.0  # alone on one core: 0.1
+    assert best < 2.0  # alone on one core: 0.1
 
 
 @pytest.mark.parametrize(

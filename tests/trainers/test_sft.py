@@ -1,9 +1,6 @@
 import json
 import logging
 import math
-import subprocess
-import sys
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -81,7 +78,7 @@ def tiny_bart() -> BartForCausalLM:
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=260, d_model=16, decoder_layers=1, decoder_ffn_dim=16, decoder_attention_heads=2,
-        dropout=0.0, init_std=0.2, max_position_embeddings=64, bos_token_id=256, eos_token_id=256, pad_token_id=257,
+        dropout=0.0, init_std=0.2, max_position_embeddings=64, eos_token_id=256, pad_token_id=257,
     )  # fmt: skip
     return BartForCausalLM(config)
 
@@ -99,9 +96,7 @@ def settings(directory, **options: Any) -> SFTConfig:
     return SFTConfig(**defaults | options)
 
 
-def loss_by_hand(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Mapping[str, str]]
-) -> float:
+def loss_by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[Any]) -> float:
     """Mean negative log-likelihood of the completions' tokens, one row at a time, without padding."""
     total, count = 0.0, 0
     for row in rows:
@@ -235,20 +230,20 @@ def test_what_is_cut_and_left_out_is_said(tmp_path, tokenizer, caplog):
         (
             [{"instruction": "a", "output": "b"}],
             {},
-            r"the columns are 'instruction', 'output'; expected one of",
+            "columns are 'instruction', 'output'; expected one",
         ),
         ([], {}, "has no rows"),
         ("missing.jsonl", {}, "no file or folder 'missing.jsonl'"),
         (
             [{"prompt": "1234", "completion": "5"}],
             {"max_length": 4},
-            r"none of the 1 rows has a token to learn",
+            "none of the 1 rows has a token to learn",
         ),
-        ([{"messages": MESSAGES[:1]}], {}, r"none of the 1 rows has a token to learn"),
+        ([{"messages": MESSAGES[:1]}], {}, "none of the 1 rows has a token to learn"),
         (
             [ROWS[0], {"prompt": "a", "completion": None}],
             {},
-            "row 1: prompt is a str and completion a NoneType",
+            "row 1: prompt is a str and completion a None",
         ),
         (["a"], {"completion_only_loss": True}, "row 0: completion_only_loss=True"),
     ],
@@ -262,8 +257,8 @@ def test_data_that_is_wrong(tmp_path, tokenizer, rows, options, match):
 
 def test_models_and_settings_that_do_not_fit(tmp_path, tokenizer):
     args = settings(tmp_path)
-    with pytest.raises(ModelError, match=r"tokenizer has 260 tokens and the model embeds 200.*resize_token"):
-        SFTTrainer(tiny_llama(vocabulary=200), args, train_dataset=ROWS, processing_class=tokenizer)
+    with pytest.raises(ModelError, match="tokenizer has 260 tokens and the model embeds 258; call"):
+        SFTTrainer(tiny_llama(vocabulary=258), args, train_dataset=ROWS, processing_class=tokenizer)
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=260, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     )
@@ -299,22 +294,21 @@ def test_what_is_saved_loads_again(tmp_path, tokenizer):
     assert "from `base` with `SFTTrainer`" in card.text
     assert "| learning_rate | `0.01` |" in card.text
     assert "secret" not in card.text
-    trainer.create_model_card(model_name="Adder", tags=["sums"])  # as `push_to_hub(tags=...)` calls it
-    assert ModelCard.load(tmp_path / "tuned" / "README.md").data.tags == ["etude", "sft", "sums"]
+    # As `push_to_hub` does, with what it was given.
+    trainer.create_model_card(model_name="Adder", tags="sums", dataset_tags=["a/b"], finetuned_from="c/d")
+    card = ModelCard.load(tmp_path / "tuned" / "README.md")
+    assert (card.data.tags, card.data.datasets) == (["etude", "sft", "sums"], ["a/b"])
+    assert (card.data.model_name, card.data.base_model) == ("Adder", "c/d")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_an_adapter_is_trained_alone(tmp_path, tokenizer):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = tiny_llama()
     frozen = {name: weight.clone() for name, weight in model.state_dict().items()}
     args = settings(tmp_path, learning_rate=1e-1, max_steps=2)
-    peft_config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = SFTTrainer(
-        model,
-        args,
-        train_dataset=ROWS,
-        eval_dataset=ROWS,
-        processing_class=tokenizer,
-        peft_config=peft_config,
+        model, args, train_dataset=ROWS, eval_dataset=ROWS, processing_class=tokenizer, peft_config=lora
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -328,7 +322,7 @@ def test_an_adapter_is_trained_alone(tmp_path, tokenizer):
     for name, weight in trainer.model.unload().state_dict().items():
         assert torch.equal(weight, frozen[name])
     with pytest.raises(ConfigError, match="already has an adapter"):
-        SFTTrainer(restored, args, train_dataset=ROWS, processing_class=tokenizer, peft_config=peft_config)
+        SFTTrainer(restored, args, train_dataset=ROWS, processing_class=tokenizer, peft_config=lora)
 
 
 def test_a_run_that_is_resumed_ends_where_an_unbroken_one_does(tmp_path, tokenizer):
@@ -350,13 +344,3 @@ def test_a_run_that_is_resumed_ends_where_an_unbroken_one_does(tmp_path, tokeniz
 
 def test_nothing_is_reported_to_anyone_unless_asked(tmp_path):
     assert settings(tmp_path).report_to == []
-
-
-def test_reading_the_settings_loads_no_model_code():
-    code = (
-        "import sys, etude.trainers.sft_config; print(*(m for m in sys.modules if m in ('peft', 'datasets')))"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "\n"
-    )

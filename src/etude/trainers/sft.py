@@ -123,23 +123,43 @@ class SFTTrainer(Trainer):
         if self.args.should_save:
             self._write_card(output_dir or str(self.args.output_dir))
 
-    def create_model_card(  # type: ignore[override]  # `push_to_hub` calls it by keyword
-        self, model_name: str | None = None, **front_matter: Any
+    def create_model_card(  # type: ignore[override]  # without the arguments that the card has no place for
+        self,
+        *,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        dataset_tags: str | Sequence[str] | None = None,
+        license: str | None = None,
+        language: str | None = None,
     ) -> None:
-        """Write the model card of `args.output_dir`; see `write_model_card` for what `front_matter` takes."""
+        """Write the model card of `args.output_dir`, as `push_to_hub` does, which passes its arguments on."""
         if self.is_world_process_zero():
-            self._write_card(str(self.args.output_dir), model_name, **front_matter)
+            self._write_card(
+                str(self.args.output_dir),
+                model_name,
+                finetuned_from,
+                tags=_as_list(tags),
+                datasets=_as_list(dataset_tags),
+                license=license,
+                language=language,
+            )
 
-    def _write_card(self, directory: str, model_name: str | None = None, **front_matter: Any) -> None:
-        adapter = hasattr(self.model, "peft_config")
+    def _write_card(
+        self,
+        directory: str,
+        model_name: str | None = None,
+        base_model: str | None = None,
+        **front_matter: Any,
+    ) -> None:
         write_model_card(
             directory,
             model_name=model_name or Path(self.args.hub_model_id or str(self.args.output_dir)).name,
             trainer="SFTTrainer",
             method="sft",
-            base_model=self.base_model_name,
+            base_model=base_model or self.base_model_name,
             config_summary={name: getattr(self.args, name) for name in _ON_THE_CARD},
-            library_name="peft" if adapter else "transformers",
+            library_name="peft" if hasattr(self.model, "peft_config") else "transformers",
             **front_matter,
         )
 
@@ -232,6 +252,10 @@ def _tokenize_row(
         "cut": max_length is not None and len(episode) > max_length,
         "learned": any(label != IGNORED for label in labels),
     }
+
+
+def _as_list(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def _collate(rows: Sequence[Mapping[str, list[int]]], **padding: Any) -> dict[str, Tensor]:

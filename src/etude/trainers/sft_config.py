@@ -50,7 +50,7 @@ class SFTConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
-                f"max_length is {self.max_length}; expected None or at least 2: one token to read, one to learn"
+                f"max_length is {self.max_length}; expected None or at least 2: one to read, one to learn"
             )
         super().__post_init__()
         if not torch.accelerator.is_available():
