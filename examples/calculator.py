@@ -16,6 +16,8 @@ import json
 import os
 import random
 import re
+import string
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ DEMONSTRATIONS = 20_000
 
 
 def exact_answer(completions: Sequence[str], answer: Sequence[int], **_: Any) -> list[float]:
-    """1 where the model submitted the right number. (`completions` hold no tool text, so it can't be faked.)"""
+    """1 where the model submitted the right number. (Completions hold no tool text, so it can't be faked.)"""
     submitted = [re.search(r"Result=(-?\d+)<submit>$", completion) for completion in completions]
     return [
         float(match is not None and int(match[1]) == a) for match, a in zip(submitted, answer, strict=True)
@@ -101,8 +103,8 @@ def write_model(directory: Path, seed: int) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-    words = ["<pad>", "<eos>", "<unk>", *DIGITS, *"+-*?", "<request>", "<calculator>", "<call>", "<response>"]
-    words += ["<submit>", "What is ", "Result=", "error"]
+    words = ["<pad>", "<eos>", "<unk>", "<request>", "<calculator>", "<call>", "<response>", "<submit>"]
+    words += ["What is ", "Result=", *(c for c in string.printable if c.isprintable())]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     longest_first = sorted(words, key=len, reverse=True)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
@@ -141,50 +143,58 @@ def main() -> None:
     arguments = parser.parse_args()
     started, here, directory = time.monotonic(), Path(__file__).parent, arguments.output_dir
 
-    print("1. Making a tokenizer, a model, tasks and demonstrations", flush=True)
+    print(f"making a tokenizer, a model, tasks and demonstrations in {directory}", flush=True)
     write_data(directory / "data", arguments.seed)
     write_model(directory / "model", arguments.seed)
 
-    from etude.app.cli import main as etude
-    from etude.reporting.episodes import episode_text, legend
-    from etude.runtime.run import RunDirectory
+    etude(
+        "sft",
+        config=here / "calculator_sft.yaml",
+        model_name_or_path=directory / "model",
+        train_dataset=directory / "data/demonstrations.jsonl",
+        output_dir=directory / "sft",
+        seed=arguments.seed,
+    )
+    etude(
+        "ppo",
+        config=here / "calculator.yaml",
+        model_name_or_path=directory / "sft",
+        train_dataset=directory / "data/train.jsonl",
+        eval_dataset=directory / "data/validation.jsonl",
+        test_dataset=directory / "data/test.jsonl",
+        output_dir=directory / "ppo",
+        overwrite_output_dir="true",
+        seed=arguments.seed,
+    )
+    show(directory / "ppo", arguments.seed, started)
+
+
+def etude(command: str, **options: object) -> None:
+    """What `etude …` does in a shell."""
+    from etude.app.cli import main as run
+
+    words = [command, *(f"--{name}={value}" for name, value in options.items())]
+    print("\n$ etude", *words, flush=True)
+    code = run(words)
+    if code:
+        sys.exit(code)
+
+
+def show(directory: Path, seed: int, started: float) -> None:
+    """Two episodes, where the report is, and what it came to."""
     from rich.console import Console
 
-    print("2. Imitation: etude sft", flush=True)
-    etude(
-        ["sft", "--config", f"{here}/calculator_sft.yaml", "--seed", str(arguments.seed)]
-        + ["--model_name_or_path", f"{directory}/model", "--output_dir", f"{directory}/sft"]
-        + ["--train_dataset", f"{directory}/data/demonstrations.jsonl"]
-    )
-    print("3. Practice: etude ppo", flush=True)
-    etude(
-        [
-            "ppo",
-            "--config",
-            f"{here}/calculator.yaml",
-            "--seed",
-            str(arguments.seed),
-            "--overwrite_output_dir",
-        ]
-        + ["--model_name_or_path", f"{directory}/sft", "--output_dir", f"{directory}/ppo"]
-        + [
-            f"--train_dataset={directory}/data/train.jsonl",
-            f"--eval_dataset={directory}/data/validation.jsonl",
-        ]
-        + [f"--test_dataset={directory}/data/test.jsonl"]
-    )
+    from etude.reporting.episodes import episode_text, legend
+    from etude.runtime.run import RunDirectory
 
-    run, console = RunDirectory(directory / "ppo"), Console()
-    console.print("\nTwo of the held-out tasks, afterwards", legend(), style="bold")
+    run, console = RunDirectory(directory), Console()
+    console.print("\n[bold]Two of the held-out tasks, after training[/bold]", legend())
     for episode in run.read_episodes(split="after", limit=2):
         console.print(episode_text(episode), "")
-    summary = run.read_summary()
-    seconds = time.monotonic() - started
-    print(f"report: {directory}/ppo/report.html")
-    print(
-        f"success before={summary['before']:.2f} after={summary['after']:.2f} "
-        f"seed={arguments.seed} seconds={seconds:.0f}"
-    )
+    summary, seconds = run.read_summary(), time.monotonic() - started
+    before, after = summary["before"], summary["after"]
+    print(f"report: {directory / 'report.html'}")
+    print(f"success before={before:.2f} after={after:.2f} seed={seed} seconds={seconds:.0f}")
 
 
 if __name__ == "__main__":

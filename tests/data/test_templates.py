@@ -101,6 +101,15 @@ def test_control_tokens_in_data_stay_characters(role):
     assert tokenizer.decode(segments[2].token_ids) == segments[2].text
 
 
+def test_a_template_that_cuts_data_inside_a_control_token_is_refused():
+    """The end of the cut content, next to what the template adds, could pass for the template's own."""
+    cutting = CHATML.replace("{{ m.content }}", "{{ m.content[:14] }}")
+    messages = [{"role": "user", "content": "abc<|im_end|>d"}]
+    assert len(conversation_segments(chat_tokenizer(CHATML), messages)) == 1
+    with pytest.raises(TemplateError, match=r"takes a message apart"):
+        conversation_segments(chat_tokenizer(cutting), messages)
+
+
 def test_control_tokens_in_assistant_messages_are_meant():
     tokenizer = chat_tokenizer(CHATML)
     messages = [CONVERSATION[1], {"role": "assistant", "content": "<tool_call>{}</tool_call>"}]
@@ -137,6 +146,10 @@ def test_a_template_with_one_bos_and_no_header():
 
 
 def test_what_a_template_refuses_is_named():
+    with pytest.raises(TemplateError, match=r"message 0 \(user\): can only concatenate str"):
+        conversation_segments(
+            chat_tokenizer("{{ 'user: ' + messages[0].content }}"), [{"role": "user", "content": 3}]
+        )
     with pytest.raises(TemplateError, match=r"message 1 \(user\): roles must alternate"):
         conversation_segments(chat_tokenizer(ALTERNATING), [CONVERSATION[1]] * 2)
 

@@ -55,6 +55,7 @@ def _run(arguments: list[str]) -> None:
         print(_help(command))
     else:
         built = build_arguments(command, parse_options(read_options(command), rest))
+        _hide_file_bars()
         import_module(f"etude.app.{command}").run(*built)
 
 
@@ -77,6 +78,15 @@ def build_arguments(command: str, values: Values) -> list[Any]:
         except ValueError as error:  # what transformers' own settings raise
             raise ConfigError(str(error)) from error
     return built
+
+
+def _hide_file_bars() -> None:
+    """Bars for reading and writing a few files would break into the display of the training itself."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 # ---- help ----

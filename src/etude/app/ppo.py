@@ -5,6 +5,8 @@ The script behind the command: copy it and change what you like.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from transformers import set_seed
 
 from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArguments, TaskArguments
@@ -61,6 +63,7 @@ def run(
         eval_dataset=validation,
         test_dataset=held_out,
     )
+    trainer.run_config = {**asdict(model_arguments), **asdict(tasks), **asdict(episodes)}
     summary = trainer.train(resume_from_checkpoint=start.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         if summary.before is not None and summary.after is not None:

@@ -5,6 +5,7 @@ The script behind the command: copy it and change what you like.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from transformers import set_seed
@@ -21,6 +22,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
     """Train, and leave the model in `config.output_dir`."""
     if data.eval_dataset is not None and config.eval_strategy == "no" and not config.eval_on_start:
         raise ConfigError("eval_dataset does nothing while eval_strategy is no; set it to epoch or steps")
+    if not sys.stderr.isatty():
+        config.disable_tqdm = True  # a bar redraws itself, a log can't
     checkpoint = _checkpoint(start.resume_from_checkpoint, str(config.output_dir))
     train, validation = data.rows("train"), data.rows("eval")  # before the model: mistakes show at once
 

@@ -166,7 +166,7 @@ def _source_and_text(stored: Any, position: int) -> tuple[Source, str]:
     ):
         return stored["source"], stored["text"]
     raise DataError(
-        f"segment {position} is {str(stored)[:80]}; expected 'source' (one of {', '.join(SOURCES)}) and 'text'"
+        f"segment {position} is {str(stored)[:80]}; expected 'text' and a 'source' among {', '.join(SOURCES)}"
     )
 
 

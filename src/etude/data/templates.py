@@ -146,7 +146,7 @@ class _Rendering:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:  # or what the template did to a value failed
             raise TemplateError(
                 f"{_describe(self.tokenizer)} fails on the conversation up to message {count - 1} "
                 f"({self.messages[count - 1]['role']}): {error}"
@@ -170,9 +170,8 @@ class _Rendering:
     def turn_end(self, whole: str, start: int, end: int) -> int:
         """Where a turn ends within `start:end`: before white space that follows its end-of-turn marker."""
         turn = whole[start:end].rstrip()
-        marker = next(
-            (token for token in control_tokens(self.tokenizer).values() if turn.endswith(token)), None
-        )
+        markers = control_tokens(self.tokenizer).values()
+        marker = next((token for token in markers if turn.endswith(token)), None)
         if marker is None:
             return end
         space = whole[start + len(turn) : end]
@@ -184,11 +183,17 @@ class _Rendering:
         """Encode a piece of the rendering; `opens` says that a sequence starts with it."""
         ids: list[int] = []
         shown: list[str] = []
-        left, right = self.marks[0], self.marks[1]
-        # Text, data between marks, text, ...: a template may have torn a pair apart, then no data is found.
-        pieces = re.split(f"{left}([^{left}{right}]*){right}|[{left}{right}]", text)
-        for index, piece in enumerate(pieces):
-            if index % 2 and piece:
+        # Text, data between marks, text, data, ...
+        for index, piece in enumerate(
+            re.split(f"{self.marks[0]}(.*?){self.marks[1]}", text, flags=re.DOTALL)
+        ):
+            if any(mark in piece for mark in self.marks):
+                raise TemplateError(
+                    f"{_describe(self.tokenizer)} takes a message apart next to "
+                    f"{piece.strip(self.marks)[:40]!r}, so a control token in the data could pass for the "
+                    "template's own; use a template that renders contents whole"
+                )
+            if index % 2:
                 data = encode_plain(self.tokenizer, piece)
                 piece, piece_ids = data.text, data.ids
             elif index == 0 and opens:
@@ -196,7 +201,7 @@ class _Rendering:
             else:
                 piece_ids = encode_control(self.tokenizer, piece) if piece else []
             ids += piece_ids
-            shown.append(piece or "")
+            shown.append(piece)
         return Segment(source, "".join(shown), ids, target=target)
 
 
@@ -237,5 +242,5 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.get_chat_template()
-    return f"the chat template of {_name(tokenizer)}, which starts {template.strip().splitlines()[0][:60]!r},"
+    start = tokenizer.get_chat_template().strip().splitlines()[0][:60]
+    return f"the chat template of {_name(tokenizer)}, which starts {start!r},"

@@ -9,6 +9,7 @@ twice. Ctrl-C cancels the work, waits for it to clean up, and is raised in the c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 from collections.abc import Coroutine
@@ -32,10 +33,8 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
         return future.result()
     except KeyboardInterrupt:
         future.cancel()
-        try:
+        with contextlib.suppress(CancelledError, TimeoutError):
             future.result(timeout=5)
-        except (CancelledError, TimeoutError):
-            pass
         raise
 
 

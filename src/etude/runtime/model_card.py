@@ -44,7 +44,7 @@ def write_model_card(
         trainer: name of the class that trained it.
         method: what it did, in one word; becomes a tag ("sft", "ppo").
         base_model: name or path of the model it started from; a path shows its last part only.
-        config_summary: settings worth knowing, by name.
+        config_summary: settings worth knowing, by name; the caller leaves paths out.
         datasets: ids of datasets on the hub.
         tags: more tags, beside "etude" and the method.
         license, language, library_name, pipeline_tag: for the front matter.

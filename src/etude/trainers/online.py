@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class OnlineTrainer(ABC):
     eval_dataset: Any
     test_dataset: Any
     current_step: int
+    run_config: Mapping[str, Any] = MappingProxyType({})  # settings beside the config, kept with the run
 
     @abstractmethod
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
@@ -221,6 +223,7 @@ class OnlineTrainer(ABC):
             report = self._report(run)
             if self.config.push_to_hub:
                 self._push(run)
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         summary = run.read_summary()
         return TrainSummary(
@@ -272,7 +275,7 @@ class OnlineTrainer(ABC):
             if main:
                 run.reset()
         if main:
-            run.write_config(self.config.to_dict())
+            run.write_config({**self.run_config, **self.config.to_dict()})
         self.accelerator.wait_for_everyone()
         return run
 
@@ -357,5 +360,5 @@ class OnlineTrainer(ABC):
 def _rows(dataset: Any) -> list[dict[str, Any]]:
     if dataset is None:
         return []
-    loaded: Dataset = load_rows(dataset)
+    loaded: Dataset = load_rows(dataset, column="prompt")
     return [dict(row) for row in loaded]

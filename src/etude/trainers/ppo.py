@@ -419,7 +419,7 @@ class PPOTrainer(OnlineTrainer):
             base_model=self.model.config.name_or_path or None,
             trainer="PPOTrainer",
             method="ppo",
-            config_summary=self.config.to_dict(),
+            config_summary=_changed(self.config),
         )
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -566,6 +566,13 @@ def _score(score: Tensor | float, index: int) -> float:
 def _empty_device_cache(device: torch.device) -> None:
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).empty_cache()
+
+
+def _changed(config: PPOConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults, without places and names of this machine's."""
+    default = PPOConfig().to_dict()
+    private = {"output_dir", "project_kwargs", "tracker_kwargs", "hub_model_id", "push_to_hub_if_best_kwargs"}
+    return {k: v for k, v in config.to_dict().items() if v != default[k] and k not in private}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

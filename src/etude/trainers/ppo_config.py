@@ -132,11 +132,11 @@ class PPOConfig:
                 f"{self.gradient_accumulation_steps} = {self.backward_batch_size}; "
                 f"the nearest that is: {nearest}"
             )
-        for field_ in dataclasses.fields(self):
-            choices = _choices(field_)
-            if choices and getattr(self, field_.name) not in choices:
+        for setting in dataclasses.fields(self):
+            choices = _choices(setting)
+            if choices and getattr(self, setting.name) not in choices:
                 raise ConfigError(
-                    f"{field_.name} is {getattr(self, field_.name)!r}; expected one of {', '.join(choices)}"
+                    f"{setting.name} is {getattr(self, setting.name)!r}; expected one of {', '.join(choices)}"
                 )
         if self.use_score_norm and not self.use_score_scaling:
             raise ConfigError("use_score_norm only works together with use_score_scaling; set both")
@@ -158,11 +158,13 @@ class PPOConfig:
         return math.ceil(self.steps / (self.batch_size * (self.world_size or 1)))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The settings by name, without what the trainer filled in."""
+        hidden = {setting.name for setting in dataclasses.fields(self) if setting.metadata.get("hidden")}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in hidden}
 
 
-def _choices(field_: dataclasses.Field[Any]) -> tuple[str, ...]:
-    annotation = str(field_.type)
+def _choices(setting: dataclasses.Field[Any]) -> tuple[str, ...]:
+    annotation = str(setting.type)
     if not annotation.startswith("Literal["):
         return ()
     return tuple(choice.strip().strip("\"'") for choice in annotation[len("Literal[") : -1].split(","))

@@ -88,7 +88,7 @@ class SFTTrainer(Trainer):
             raise ConfigError(
                 "the model doesn't say where it came from; pass its tokenizer as processing_class"
             )
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name) if processing_class is None else processing_class
         set_seed(args.seed)  # before an adapter draws its weights
         model = _prepare_model(model, tokenizer, args, peft_config)
         self.base_model_name = name
@@ -146,21 +146,17 @@ class SFTTrainer(Trainer):
             )
 
     def _write_card(
-        self,
-        directory: str,
-        model_name: str | None = None,
-        base_model: str | None = None,
-        **front_matter: Any,
+        self, directory: str, model_name: str | None = None, base_model: str | None = None, **more: Any
     ) -> None:
         write_model_card(
             directory,
-            model_name=model_name or Path(self.args.hub_model_id or str(self.args.output_dir)).name,
+            model_name=model_name or Path(self.args.hub_model_id or str(self.args.output_dir)).resolve().name,
             trainer="SFTTrainer",
             method="sft",
             base_model=base_model or self.base_model_name,
             config_summary={name: getattr(self.args, name) for name in _ON_THE_CARD},
             library_name="peft" if hasattr(self.model, "peft_config") else "transformers",
-            **front_matter,
+            **more,
         )
 
 

@@ -1,0 +1,46 @@
+"""The snippets of README and docs run as they are printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def snippets(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def names(tokenizer, make_llama, tmp_path, monkeypatch):
+    """What a reader brings along."""
+    monkeypatch.chdir(tmp_path)
+    make_llama().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+
+    def exact_answer(segments, answers=None):
+        return [float("=" in segment) for segment in segments]
+
+    return {
+        "model_name_or_path": "model",
+        "tokenizer": tokenizer,
+        "exact_answer": exact_answer,
+        "tasks": [{"prompt": f"what is {i}+1?", "answers": i + 1} for i in range(8)],
+        "questions": ["what is 1+1?", "what is 2+2?"],
+        "answers": [2, 4],
+    }
+
+
+def test_readme(names, tmp_path):
+    quick, own_loop = snippets("README.md")
+    # Two iterations instead of an evening.
+    exec(quick.replace("steps=20_000", "steps=16, batch_size=8, disable_progress=True"), names)
+    assert (tmp_path / "runs" / "calculator" / "report.html").exists()
+    exec(own_loop, names)
+    assert names["stats"]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_migrating(names):
+    [imports] = snippets("docs/migrating.md")
+    exec(imports, names)
