@@ -59,14 +59,14 @@ def demonstration(rng: random.Random, expression: str) -> list[dict[str, str]]:
         a, b = re.search(r"(\d+)\*(\d+)", expression).groups()  # type: ignore[union-attr]
         answer = str(round(int(a), 1 - len(a)) * round(int(b), 1 - len(b)))
     else:
-        query = slip(rng, expression) if rng.random() < 0.1 else expression
+        query = slip(rng, expression) if rng.random() < 0.02 else expression
         answer = str(eval(re.sub(r"\b0+(?=\d)", "", query)))
         said += [
             ("model", f"<request><calculator>{query}<call>"),
             ("tool", answer),
             ("environment", "<response>"),
         ]
-        answer = slip(rng, answer) if rng.random() < 0.1 else answer
+        answer = slip(rng, answer) if rng.random() < 0.02 else answer
     said.append(("model", f"Result={answer}<submit>"))
     return [{"source": source, "text": text} for source, text in said]
 
@@ -123,6 +123,7 @@ def write_model(directory: Path, seed: int) -> None:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=128,
+        initializer_range=0.05,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
