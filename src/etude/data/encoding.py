@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -47,6 +47,13 @@ class EncodedText:
     ids: list[int]
     text: str
     escaped: int
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """The text of tokens, every one of them, with no white space tidied away."""
+    text = tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+    assert isinstance(text, str), "one sequence has one text"
+    return text
 
 
 def encode_control(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.encoding import encode_control, encode_plain, encode_prompt
+from etude.data.encoding import decode, encode_control, encode_plain, encode_prompt
 from etude.environments.history import TextHistory
 from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
@@ -263,7 +263,7 @@ class TextEnvironment(Lockstep):
         cap = self.max_tool_response_tokens
         if cap is not None and len(response_ids) > cap:
             response_ids = response_ids[:cap]
-            response = self.tokenizer.decode(response_ids, clean_up_tokenization_spaces=False)
+            response = decode(self.tokenizer, response_ids)
             call.truncated = True
         before, after = self.protocol.frame()
         answer = [

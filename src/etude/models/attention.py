@@ -92,7 +92,7 @@ class PackedPlan:
     slots: Sequence[int] = ()
     device: torch.device | str = "cpu"
     positions_T: Tensor = field(init=False)
-    slots_T: Tensor | None = field(init=False, default=None)
+    slots_T: Tensor = field(init=False)  # empty without a cache
 
     def __post_init__(self) -> None:
         self.past = self.past or [0] * len(self.lengths)
@@ -100,9 +100,8 @@ class PackedPlan:
             p for past, n in zip(self.past, self.lengths, strict=True) for p in range(past, past + n)
         ]
         self.positions_T = torch.tensor(positions, device=self.device)
-        if self.cache is not None:
-            slots = [s for s, n in zip(self.slots, self.lengths, strict=True) for _ in range(n)]
-            self.slots_T = torch.tensor(slots, device=self.device)
+        slots = [s for s, n in zip(self.slots, self.lengths, strict=self.cache is not None) for _ in range(n)]
+        self.slots_T = torch.tensor(slots, device=self.device)
 
     @property
     def position_ids(self) -> Tensor:
@@ -212,7 +211,7 @@ def _attend_to_self(
     cells = plan.rectangle
     if cells is None or (window and window < cells.width):
         parts = zip(*(tensor.split(list(plan.lengths), dim=1) for tensor in (q, k, v)), strict=True)
-        return torch.cat([_attend(*part, scaling, window) for part in parts], dim=1)
+        return torch.cat([_attend(q, k, v, scaling, window) for q, k, v in parts], dim=1)
     q_BHLd, k_BHLd, v_BHLd = (
         tensor[:, cells.tokens].unflatten(1, (cells.rows, cells.width)).transpose(0, 1)
         for tensor in (q, k, v)

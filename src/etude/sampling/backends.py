@@ -92,8 +92,8 @@ class SoloBackend:
 
     @property
     def nbytes(self) -> int:
-        tensors = (t for c in self.caches.values() for layer in c.layers for t in (layer.keys, layer.values))
-        return sum(t.nbytes for t in tensors if t is not None)
+        layers = (layer for cache in self.caches.values() for layer in cache.layers)
+        return sum(x.nbytes for layer in layers for x in vars(layer).values() if isinstance(x, Tensor))
 
 
 def choose_backend(model: PreTrainedModel, slots: int, max_length: int) -> Backend:

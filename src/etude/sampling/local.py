@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
 from etude.sampling.backends import Feed, choose_backend
@@ -241,10 +242,11 @@ class LocalSampler:
         drawn = draw(logits, [turn.row() for turn in turns])
         self.tokens_sampled += len(turns)
         finished = set()
-        for turn, *token in zip(turns, drawn.token_ids, drawn.logprobs, drawn.sampling_logprobs, strict=True):
+        rows = zip(turns, drawn.token_ids, drawn.logprobs, drawn.sampling_logprobs, strict=True)
+        for turn, token, logprob, sampling_logprob in rows:
             if not turn.token_ids:
                 turn.version = self.policy_version
-            finish = turn.extend(*token)
+            finish = turn.extend(token, logprob, sampling_logprob)
             if finish is not None:
                 finished.add(turn)
                 self._finish(turn, finish)
@@ -253,7 +255,7 @@ class LocalSampler:
 
     def _finish(self, turn: _Turn, finish: FinishReason) -> None:
         ids = turn.token_ids[:-1] if finish == "eos" else turn.token_ids
-        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = decode(self.tokenizer, ids)
         sampled = Sampled(turn.token_ids, text, turn.logprobs, turn.sampling_logprobs, finish, turn.version)
         if not turn.result.done():
             turn.result.set_result(sampled)

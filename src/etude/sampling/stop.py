@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from etude.data.encoding import decode
+
 
 class StopStrings:
     """Answers whether the last token of a turn completed one of `strings`."""
@@ -34,7 +36,7 @@ class StopStrings:
         if token_ids[-1] not in self.completing:
             return False
         # Every token but a few special ones spells at least one byte, so this many reach far enough.
-        tail = self.tokenizer.decode(list(token_ids[-self.reach - 1 :]), clean_up_tokenization_spaces=False)
+        tail = decode(self.tokenizer, token_ids[-self.reach - 1 :])
         return any(string in tail for string in self.strings)
 
 

@@ -279,7 +279,7 @@ class Learner:
 
     def global_count(self, count: Tensor) -> Tensor:
         """Sum over processes, as float32."""
-        return self.accelerator.reduce(count.to(self.accelerator.device, torch.float32), "sum")  # type: ignore[return-value]
+        return self.accelerator.reduce(count.to(self.accelerator.device, torch.float32), "sum")
 
 
 class _adapters_off(AbstractContextManager[nn.Module]):

@@ -12,7 +12,7 @@ from etude.errors import ConfigError
 
 def _setting(default: Any, help: str, **metadata: Any) -> Any:
     factory = {"default_factory": type(default)} if isinstance(default, dict | list) else {"default": default}
-    return field(**factory, metadata={"help": help, **metadata})  # type: ignore[call-overload]
+    return field(**factory, metadata={"help": help, **metadata})
 
 
 @dataclass
