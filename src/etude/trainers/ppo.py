@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -506,7 +507,10 @@ class _Clock:
 
 
 def _accelerator(config: PPOConfig) -> Accelerator:
+    # Left to itself, accelerate takes several processes without a GPU for so many runs of their own.
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     return Accelerator(
+        cpu=several_on_cpu,
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(
             **{"project_dir": config.output_dir, "logging_dir": config.output_dir, **config.project_kwargs}

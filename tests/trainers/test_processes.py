@@ -1,0 +1,125 @@
+"""Two processes: the same weights as one, and the command line under a launcher."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+STEP = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM, AutoTokenizer
+from etude import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+directory, processes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = AutoModelForCausalLMWithValueHead.from_pretrained(f"{directory}/model", dtype="float64")
+torch.nn.init.normal_(model.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
+config = PPOConfig(batch_size=8 // processes, mini_batch_size=2, gradient_accumulation_steps=4 // processes,
+                   ppo_epochs=1, init_kl_coef=0.1, max_grad_norm=0.5)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
+trainer = PPOTrainer(config, model, tokenizer=tokenizer, optimizer=optimizer)
+generator = torch.Generator().manual_seed(2)
+ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
+rows = [(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+rank = trainer.accelerator.process_index
+mine = rows[rank * 8 // processes:(rank + 1) * 8 // processes]
+trainer.step([q for q, _, _ in mine], [r for _, r, _ in mine], [s for _, _, s in mine])
+if rank == 0:
+    trainer.model.save_pretrained(f"{directory}/after-{processes}")
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+
+def launch(processes, *arguments, cwd=ROOT):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.fixture
+def model_directory(tmp_path, make_llama, tokenizer):
+    make_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_two_processes_end_in_the_weights_of_one(model_directory):
+    import torch
+    from safetensors.torch import load_file
+
+    (model_directory / "step.py").write_text(STEP)
+    for processes in (1, 2):
+        done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two, before = (
+        {**load_file(model_directory / d / "model.safetensors")} for d in ("after-1", "after-2", "model")
+    )
+    moved = max((one[name].double() - before[name].double()).abs().max().item() for name in one)
+    assert moved > 1e-3
+    for name, parameter in one.items():
+        torch.testing.assert_close(parameter, two[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_the_command_line_in_two_processes(model_directory):
+    (model_directory / "tasks.jsonl").write_text('{"prompt": "say one:"}\n{"prompt": "say two:"}\n')
+    (model_directory / "reward.py").write_text(
+        "def vowels(completions):\n    return [float(c.count('a') + c.count('e')) for c in completions]\n"
+    )
+    options = {
+        "model_name_or_path": "model",
+        "train_dataset": "tasks.jsonl",
+        "eval_dataset": "tasks.jsonl",
+        "test_dataset": "tasks.jsonl",
+        "reward": "reward.py:vowels",
+        "output_dir": "run",
+        "steps": 16,
+        "batch_size": 4,
+        "mini_batch_size": 2,
+        "max_turns": 1,
+        "generation.max_new_tokens": 6,
+        "eval_steps": 1,
+    }
+    words = [f"--{name}={value}" for name, value in options.items()]
+    done = launch(2, "-m", "etude", "ppo", *words, cwd=model_directory)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(re.findall("report:", done.stdout)) == 1, "only the main process speaks"
+    from etude.runtime.run import RunDirectory
+
+    steps = [row["step"] for row in RunDirectory(model_directory / "run").read_metrics() if "reward" in row]
+    assert steps == [1, 2], "16 episodes, 2 × 4 at a time"
+
+
+def test_accelerate_launch(model_directory):
+    """A mistake in the options comes out of the launcher as the command's own line."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=1",
+        "-m",
+        "etude",
+    ]
+    words = [
+        "ppo",
+        "--model_name_or_path=model",
+        "--train_dataset=x.jsonl",
+        "--reward=a.py:b",
+        "--batch_sise=4",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *words], env=environment, capture_output=True, text=True, timeout=120, cwd=model_directory
+    )
+    assert "etude: error: unknown option" in done.stderr
+    assert "batch_size" in done.stderr
