@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check lint types format bench-rollout clean
+.PHONY: install browser demo test check lint types format peers bench-rollout clean
 
 install: $(STAMP)
 
@@ -13,6 +13,15 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
+
+# A headless browser, with which the tests open the report. They skip that one where it can't be had.
+browser:
+	@command -v chromium > /dev/null && exit 0; \
+	if command -v apt-get > /dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && apt-get install -y -qq chromium > /dev/null; \
+	else \
+		echo "chromium isn't installed: the test that opens the report in a browser will be skipped"; \
+	fi
 
 # A small model learns to use a calculator. Offline, on a CPU, in under three minutes.
 demo: install
@@ -34,9 +43,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The libraries we measure against, each in a virtual environment of its own.
+peers: install
+	$(BIN)/python -m benchmarks.peers.install
+
 # Episodes per second against TRL 0.7.4's TextEnvironment, both sides in one run.
 bench-rollout: install
 	$(BIN)/python -m benchmarks.rollout $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs benchmarks/results benchmarks/peers/*/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
