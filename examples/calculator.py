@@ -163,11 +163,11 @@ def main() -> None:
         train_dataset=directory / "data/train.jsonl",
         eval_dataset=directory / "data/validation.jsonl",
         test_dataset=directory / "data/test.jsonl",
-        output_dir=directory / "ppo",
+        output_dir=directory,
         overwrite_output_dir="true",
         seed=arguments.seed,
     )
-    show(directory / "ppo", arguments.seed, started)
+    show(directory, arguments.seed, started)
 
 
 def etude(command: str, **options: object) -> None:

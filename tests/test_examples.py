@@ -86,20 +86,20 @@ def test_the_whole_way(example, tmp_path, monkeypatch, capsys):
     ]
     assert etude(["sft", *" ".join(arguments).split()]) == 0
     arguments = [
-        f"--config=examples/calculator.yaml --model_name_or_path={tmp_path}/sft --output_dir={tmp_path}/ppo",
+        f"--config=examples/calculator.yaml --model_name_or_path={tmp_path}/sft --output_dir={tmp_path}",
         f"--train_dataset={tmp_path}/data/train.jsonl --eval_dataset={tmp_path}/data/validation.jsonl",
         f"--test_dataset={tmp_path}/data/test.jsonl --steps=32 --batch_size=16 --mini_batch_size=8",
     ]
     assert etude(["ppo", *" ".join(arguments).split()]) == 0
     capsys.readouterr()
-    example.show(tmp_path / "ppo", seed=0, started=0.0)
+    example.show(tmp_path, seed=0, started=0.0)
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"success before=\d\.\d\d after=\d\.\d\d seed=0 seconds=\d+", last)
-    run = RunDirectory(tmp_path / "ppo")
+    run = RunDirectory(tmp_path)
     assert run.read_config()["tools"] == ["calculator"]
     assert len(run.read_episodes(split="after")) == 8
     # The settings that are stored can be given back as they are.
-    again = yaml.safe_load((tmp_path / "ppo" / "run.yaml").read_text())
+    again = yaml.safe_load((tmp_path / "run.yaml").read_text())
     (tmp_path / "again.yaml").write_text(
         yaml.safe_dump({**again, "output_dir": f"{tmp_path}/again", "steps": 16})
     )

@@ -2,12 +2,13 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from etude.environments.text import TextEnvironment
-from etude.errors import CheckpointError, ConfigError, DataError
+from etude.errors import CheckpointError, ConfigError, DataError, RewardError
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.runtime.run import RunDirectory
 from etude.trainers.ppo import PPOTrainer
@@ -76,7 +77,7 @@ def test_a_run_from_beginning_to_end(make_trainer, tmp_path, tokenizer):
     train = [row for row in run.read_metrics() if "reward" in row]
     assert [row["step"] for row in train] == list(range(1, 13))
     assert sum(row["reward"] for row in train[-3:]) > sum(row["reward"] for row in train[:3]), "it learns"
-    for name in ("kl", "loss", "success", "tokens_per_second", "stop/turn_tokens", "rewards/vowels"):
+    for name in ("kl", "loss", "success", "tokens_per_second", "stop/turn_tokens"):
         assert name in train[0]
     assert max(row["sampler/gap_max"] for row in train) < 2e-4
     validation = [row for row in run.read_metrics() if "validation/success" in row]
@@ -149,6 +150,42 @@ def test_ctrl_c_while_tools_run(make_trainer, tmp_path):
         trainer.train()
     assert list(RunDirectory(tmp_path / "early").checkpoints()) == [0]
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.state_dict().items())
+
+
+def test_a_reward_that_breaks_loses_nothing(make_trainer, tmp_path):
+    calls = []
+
+    def breaks_later(completions):
+        calls.append(len(completions))
+        return [float("nan") if len(calls) > 3 else 0.5 for _ in completions]
+
+    trainer = make_trainer("broken", rewards=breaks_later, eval_steps=0)
+    trainer.test_dataset = None
+    with pytest.raises(RewardError, match="breaks_later"):
+        trainer.train()
+    run = RunDirectory(tmp_path / "broken")
+    assert list(run.checkpoints()) == [3]
+    assert len(run.read_metrics()) == 3
+    again = make_trainer("broken", eval_steps=0)
+    again.test_dataset = None
+    assert again.train(resume_from_checkpoint=True).steps == 6
+
+
+def test_push_to_hub(make_trainer, monkeypatch):
+    """There is no hub here: what would be sent is looked at."""
+    sent = {}
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            return type("Repo", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            sent[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr("etude.trainers.ppo.HfApi", Hub)
+    make_trainer(steps=8, push_to_hub=True, hub_model_id="vowels", eval_steps=0).train()
+    assert {"README.md", "config.json", "model.safetensors", "value_head.safetensors"} <= sent["me/vowels"]
+    assert not {"metrics.jsonl", "episodes.jsonl", "run.yaml"} & sent["me/vowels"]
 
 
 def test_an_earlier_run_is_not_overwritten(make_trainer, tmp_path):

@@ -11,7 +11,7 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
     """Means over the episodes that weren't lost to our own failures.
 
     `success` is the share whose reward reaches `success_reward`; `tool_use` the share that called a tool;
-    `stop/<reason>` the share that ended for it.
+    `stop/<reason>` the share that ended for it, `rewards/<name>` each reward where there are several.
     """
     played = [episode for episode in episodes if episode.stop is not StopReason.INFRASTRUCTURE]
     count = max(len(played), 1)
@@ -28,7 +28,7 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
         "sampled_tokens": sum(sum(episode.sampled) for episode in played) / count,
     }
     names = dict.fromkeys(reward.name for episode in played for reward in episode.rewards)
-    for name in names:
+    for name in names if len(names) > 1 else ():
         values = [r.value for e in played for r in e.rewards if r.name == name and r.value is not None]
         metrics[f"rewards/{name}"] = sum(values) / max(len(values), 1)
     for reason in StopReason:

@@ -79,6 +79,7 @@ class OnlineTrainer(ABC):
     eval_dataset: Any
     test_dataset: Any
     current_step: int
+    _updating = False  # weights are half-way between two iterations
     run_config: Mapping[str, Any] = MappingProxyType({})  # settings beside the config, kept with the run
 
     @abstractmethod
@@ -99,9 +100,11 @@ class OnlineTrainer(ABC):
             resume_from_checkpoint: True goes on from the newest checkpoint in `output_dir`, a path from
                 that one.
 
+        Whatever stops it (Ctrl-C, a reward that raises), a checkpoint of the last finished iteration is
+        written first; a running update is finished before that.
+
         Raises:
             ConfigError: there is nothing to train on, or `output_dir` holds another run.
-            KeyboardInterrupt: after the running update was finished and a checkpoint written.
         """
         started = time.monotonic()
         run = self._open_run(resume_from_checkpoint)
@@ -119,9 +122,12 @@ class OnlineTrainer(ABC):
                     self._validate(run, display)
                 while self.current_step < total:
                     self._iterate(run, display)
-        except KeyboardInterrupt:
-            self._save_checkpoint(run)
-            self._report(run)
+        except (
+            BaseException
+        ):  # Ctrl-C, a reward that is NaN, a tool server that died: what was learned is kept
+            if not self._updating:
+                self._save_checkpoint(run)
+                self._report(run)
             raise
         if self.config.save_steps and self.current_step % self.config.save_steps:
             self._save_checkpoint(run)
@@ -138,8 +144,10 @@ class OnlineTrainer(ABC):
         episodes = self.play(tasks, seeds)
         played = time.monotonic()
         with interrupt_after():
+            self._updating = True
             stats = self.learn([Trajectory.of_episode(episode) for episode in episodes])
             self.current_step = step + 1
+            self._updating = False
             ended = time.monotonic()
             metrics = self._average(
                 {
@@ -185,7 +193,7 @@ class OnlineTrainer(ABC):
             return
         metrics, episodes = self._evaluate(rows)
         if self.accelerator.is_main_process:
-            run.update_summary({split: metrics["success"], f"{split}_reward": metrics["reward"]})
+            run.update_summary({split: metrics["success"]})
             kept = episodes[: max(self.config.episodes_to_log, 0) or None]
             run.append_episodes(self.current_step, split, kept, self.tokenizer)  # type: ignore[arg-type]
 
@@ -218,11 +226,11 @@ class OnlineTrainer(ABC):
         seconds = time.monotonic() - started
         report = None
         if self.accelerator.is_main_process:
-            run.update_summary({"steps": self.current_step, "seed": self.config.seed, "seconds": seconds})
+            run.update_summary({"seed": self.config.seed, "seconds": seconds})
             self.save_model(run.path)
             report = self._report(run)
             if self.config.push_to_hub:
-                self._push(run)
+                self.push_to_hub()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         summary = run.read_summary()
@@ -240,13 +248,9 @@ class OnlineTrainer(ABC):
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write model, tokenizer and model card."""
 
-    def _push(self, run: RunDirectory) -> None:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        repo = api.create_repo(self.config.hub_model_id or run.path.resolve().name, exist_ok=True)
-        ignored = ["checkpoint-*", ".*"]
-        api.upload_folder(repo_id=repo.repo_id, folder_path=run.path, ignore_patterns=ignored)
+    @abstractmethod
+    def push_to_hub(self) -> None:
+        """Upload what `save_model` writes."""
 
     # The run directory.
 

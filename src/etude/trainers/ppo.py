@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -410,13 +412,26 @@ class PPOTrainer(OnlineTrainer):
         directory = output_dir if output_dir is not None else self.config.output_dir
         if directory is None:
             raise ConfigError("nowhere to save the model; pass a directory or set output_dir")
+        if self.accelerator.is_main_process:
+            self._write_model(directory, Path(directory).resolve().name)
+
+    def push_to_hub(self) -> None:
+        """Upload model, tokenizer and model card to `hub_model_id` (by default named as `output_dir`)."""
+        name = self.config.hub_model_id or Path(self.config.output_dir or "model").resolve().name
         if not self.accelerator.is_main_process:
             return
+        api = HfApi()
+        repo = api.create_repo(name, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_model(folder, name.rpartition("/")[2])
+            api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Trained with PPO")
+
+    def _write_model(self, directory: str | Path, name: str) -> None:
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         write_model_card(
             directory,
-            model_name=Path(directory).resolve().name,
+            model_name=name,
             base_model=self.model.config.name_or_path or None,
             trainer="PPOTrainer",
             method="ppo",
