@@ -43,7 +43,7 @@ def tasks(rng: random.Random) -> Iterator[tuple[str, int]]:
     """Expressions that nobody answers without a calculator, and their values; each comes once."""
     seen: set[str] = set()
     while True:
-        a, b, c = rng.randint(100, 999), rng.randint(10, 99), rng.randint(10, 99)
+        a, b, c = rng.randint(200, 999), rng.randint(51, 99), rng.randint(10, 99)
         text, value = rng.choice(
             [(f"{a}*{b}+{c}", a * b + c), (f"{c}+{a}*{b}", c + a * b), (f"{a}*{b}-{c}", a * b - c)]
         )
