@@ -189,9 +189,10 @@ def show(directory: Path, seed: int, started: float) -> None:
     from etude.runtime.run import RunDirectory
 
     run, console = RunDirectory(directory), Console()
-    console.print("\n[bold]Two of the held-out tasks, after training[/bold]", legend())
+    console.print("\n[bold]Two of the held-out tasks, after training[/bold]")
+    console.print(legend(), "\n", soft_wrap=True)
     for episode in run.read_episodes(split="after", limit=2):
-        console.print(episode_text(episode), "")
+        console.print(episode_text(episode), "\n", soft_wrap=True)
     summary, seconds = run.read_summary(), time.monotonic() - started
     before, after = summary["before"], summary["after"]
     print(f"report: {directory / 'report.html'}")

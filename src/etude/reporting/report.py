@@ -217,7 +217,7 @@ def _episode(row: Mapping[str, Any], name: str) -> dict[str, Any]:
         "name": _shortened(name) or "(empty prompt)",
         "stop": "unfinished" if episode.stop is None else episode.stop.replace("_", " "),
         "error": visible(episode.error or ""),
-        "seed": episode.seed,
+        "seed": str(episode.seed),  # JavaScript numbers hold 53 bits
         "seconds": episode.timings.get("total"),
         "task": [
             (visible(key), _shortened(_text(value)))

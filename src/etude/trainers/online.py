@@ -211,10 +211,7 @@ class OnlineTrainer(ABC):
             kept = episodes[: max(self.config.episodes_to_log, 0) or None]
             run.append_episodes(step, "validation", kept, self.tokenizer)
         if better:
-            self._save_checkpoint(run)
-            if self.accelerator.is_main_process:
-                run.mark_best(step)
-                run.update_summary({"best": success, "best_step": step})
+            self._save_checkpoint(run, best=success)
         display.message(f"iteration {step}: validation success {success:.3f}")
 
     def _finish(self, run: RunDirectory, started: float) -> TrainSummary:
@@ -283,10 +280,14 @@ class OnlineTrainer(ABC):
         self.accelerator.wait_for_everyone()
         return run
 
-    def _save_checkpoint(self, run: RunDirectory) -> None:
+    def _save_checkpoint(self, run: RunDirectory, best: float | None = None) -> None:
+        """Write a checkpoint; with `best`, the validation success by which it is the one to end with."""
         if self.accelerator.is_main_process:
             with run.checkpoint(self.current_step) as directory:
                 save_checkpoint(self, directory)
+            if best is not None:
+                run.mark_best(self.current_step)
+                run.update_summary({"best": best, "best_step": self.current_step})
             if self.config.save_total_limit is not None:
                 run.prune(self.config.save_total_limit)
         self.accelerator.wait_for_everyone()
