@@ -156,10 +156,12 @@ def test_turns_continue_from_the_cache(llama, tokenizer):
     delays=st.lists(st.integers(0, 4), min_size=6, max_size=6),
     turns=st.lists(st.integers(1, 3), min_size=6, max_size=6),
     refresh=st.integers(0, 12),
+    shared=st.sampled_from([0, 17, 40]),
 )
 def test_any_interleaving_gives_the_tokens_of_one_by_one(
-    llama, tokenizer, slots, prefill, delays, turns, refresh
+    llama, tokenizer, slots, prefill, delays, turns, refresh, shared
 ):
+    queries = [[*range(shared), *query] for query in prompts(6)]
     params = SamplingParams(max_new_tokens=5, temperature=1.0, eos_token_ids=(3, 4))
 
     async def episode(sampler, index, ids, ticks):
@@ -180,16 +182,32 @@ def test_any_interleaving_gives_the_tokens_of_one_by_one(
             sampler.weights_changed()
 
         *outs, _ = await asyncio.gather(
-            *(episode(sampler, i, ids, delays[i]) for i, ids in enumerate(prompts(6))), refresher()
+            *(episode(sampler, i, ids, delays[i]) for i, ids in enumerate(queries)), refresher()
         )
         assert sorted(sampler._free) == list(range(slots)), "every slot came back"
         return outs
 
     async def one_by_one():
         sampler = LocalSampler(llama, tokenizer, slots=1)
-        return [await episode(sampler, i, ids, 0) for i, ids in enumerate(prompts(6))]
+        return [await episode(sampler, i, ids, 0) for i, ids in enumerate(queries)]
 
     assert run_sync(together()) == run_sync(one_by_one())
+
+
+def test_shared_beginnings_are_computed_once(llama, tokenizer):
+    preamble = prompts(1)[0] + list(range(40))
+    queries = [[*preamble, 7, 8], [*preamble, 7, 8], [*preamble, 9], [*preamble, 3, 4, 5], [1, 2]]
+    params = SamplingParams(max_new_tokens=6)
+    sampler = LocalSampler(llama, tokenizer, slots=8)
+    together = run_sync(sample_all(sampler, queries, params))
+    fed, copied = sampler.tokens_fed, sampler.tokens_copied
+    assert copied == (len(preamble) + 1) + len(preamble) + len(preamble)
+    assert fed == sum(map(len, queries)) - copied + 5 * 5
+    alone = LocalSampler(llama, tokenizer, slots=1)
+    for i, (query, result) in enumerate(zip(queries, together, strict=True)):
+        [expected] = run_sync(sample_all(alone, [query], params, seeds=[i]))
+        assert result.token_ids == expected.token_ids
+        assert result.logprobs == pytest.approx(expected.logprobs)
 
 
 def test_an_optimizer_step_is_noticed(tokenizer):

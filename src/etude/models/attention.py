@@ -62,6 +62,12 @@ class SlotCache:
         keys[slots_T, :, positions_T] = key.transpose(0, 1)
         values[slots_T, :, positions_T] = value.transpose(0, 1)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another."""
+        for layer in self.layers.values():
+            for tensor in layer:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)

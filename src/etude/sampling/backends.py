@@ -32,6 +32,10 @@ class Backend(Protocol):
         """Put each feed's tokens into its slot; the logits after its last token, [feeds, vocabulary]."""
         ...
 
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Copy the first `length` tokens' keys and values between slots; False if that can't be done."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes the cache holds now."""
@@ -64,6 +68,10 @@ class PackedBackend:
             return self.model(**inputs, logits_to_keep=ends).logits[0]
         return self.model(**inputs).logits[0, ends]
 
+    def copy(self, source: int, target: int, length: int) -> bool:
+        self.cache.copy(source, target, length)
+        return True
+
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes
@@ -89,6 +97,9 @@ class SoloBackend:
             "use_cache": True,
         }
         return self.model(**inputs, attention_mask=ids.new_ones(1, feed.past + ids.shape[1])).logits[0, -1]
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        return False  # the caches of these models may hold more than keys and values by position
 
     @property
     def nbytes(self) -> int:

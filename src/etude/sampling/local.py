@@ -5,7 +5,8 @@
                                  └── slots ◄┴───────── sessions keep theirs between turns ◄─┘
 
 A turn that finishes leaves at once and the next one takes its place. A session keeps its keys and values
-while its tool runs: on return only the tool's tokens are fed. Steps run on the event loop's own thread,
+while its tool runs: on return only the tool's tokens are fed. A beginning that several sessions share (a
+group's prompt, a few-shot preamble) is computed once and copied. Steps run on the event loop's own thread,
 between them everybody else (tools, other episodes) gets a turn; nothing waits for the slowest.
 
 Not covered: other processes or machines, encoder–decoders.
@@ -29,6 +30,7 @@ from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
 from etude.sampling.backends import Feed, choose_backend
 from etude.sampling.draw import Row, draw
+from etude.sampling.prefixes import Prefixes
 from etude.sampling.stop import StopStrings, token_texts
 from etude.types import FinishReason, Sampled, SamplingParams
 
@@ -42,6 +44,7 @@ class LocalSession:
     token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     cached: int = 0  # tokens whose keys and values are in the slot
+    source: tuple[LocalSession, int] | None = None  # who holds its first tokens, and how many of them
     busy: bool = False
     closed: bool = False
 
@@ -122,10 +125,11 @@ class LocalSampler:
         self.policy_version = 0
         self._parameters = list(self.model.parameters())
         self._fingerprint = self._weights()
-        self.tokens_fed = self.tokens_sampled = self.steps = 0
+        self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
         self._backend = choose_backend(self.model, slots, self.max_length)
         self._free = list(range(slots))
         self._holders: dict[int, LocalSession] = {}
+        self._prefixes: Prefixes[LocalSession] = Prefixes()
         self._waiting: deque[_Turn] = deque()
         self._running: list[_Turn] = []
         self._pump: asyncio.Task[None] | None = None
@@ -229,6 +233,8 @@ class LocalSampler:
         for turn in self._running:
             session = turn.session
             assert session.slot is not None, "a running turn has a slot"
+            if session.source is not None and not self._copy_prefix(session):
+                continue
             pending = session.token_ids[session.cached :]
             if len(pending) > 1:
                 pending = pending[:budget]
@@ -237,6 +243,20 @@ class LocalSampler:
                 feeds.append(Feed(session.slot, session.cached, pending))
                 turns.append(turn)
         return feeds, turns
+
+    def _copy_prefix(self, session: LocalSession) -> bool:
+        """Take the shared beginning from its holder's slot; False while the holder is still being fed it."""
+        assert session.source is not None
+        assert session.slot is not None
+        holder, length = session.source
+        if holder.slot is not None and holder.cached >= length:
+            if self._backend.copy(holder.slot, session.slot, length):
+                session.cached = length
+                self.tokens_copied += length
+        elif holder.slot is not None and holder.busy:
+            return False
+        session.source = None
+        return True
 
     def _draw(self, logits: torch.Tensor, turns: list[_Turn]) -> None:
         drawn = draw(logits, [turn.row() for turn in turns])
@@ -280,13 +300,16 @@ class LocalSampler:
             return False
         session.slot = heapq.heappop(self._free)  # the lowest, so that busy slots lie close together
         self._holders[session.slot] = session
+        session.source = self._prefixes.longest(session.token_ids)
+        self._prefixes.add(session, session.token_ids)
         return True
 
     def _release(self, session: LocalSession) -> None:
         if session.slot is not None:
             del self._holders[session.slot]
             heapq.heappush(self._free, session.slot)
-        session.slot, session.cached = None, 0
+            self._prefixes.remove(session)
+        session.slot, session.cached, session.source = None, 0, None
 
     def _withdraw(self, turn: _Turn) -> None:
         """A turn that nobody waits for any more leaves, and its session with it."""
