@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # name -> module that defines it. tests/test_exports.py holds this table against the modules.
 _EXPORTS = {
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "BestOfNSampler": "etude.sampling.best_of_n",
     "ClassifierReward": "etude.rewards.classifier",
     "create_reference_model": "etude.models.reference",
     "Episode": "etude.types",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
     from etude.runtime.run import RunDirectory as RunDirectory
+    from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler
     from etude.sampling.local import LocalSampler as LocalSampler
     from etude.trainers.ppo import PPOTrainer as PPOTrainer

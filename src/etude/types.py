@@ -284,6 +284,7 @@ class SamplingParams:
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose mass reaches p; 1 keeps all.
+        min_p: keep tokens at least this many times as probable as the most probable one; 0 keeps all.
         stop: strings that end the turn, kept in its text.
         eos_token_ids: tokens that end the turn, kept in its tokens.
         processors: logits processors in the form of `transformers`: each takes the row's token ids
@@ -295,6 +296,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     processors: tuple[Callable[[Any, Any], Any], ...] = ()
@@ -308,6 +310,8 @@ class SamplingParams:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; expected 0 <= min_p <= 1 (0 keeps all tokens)")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; expected >= 0 (0 keeps all tokens)")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from etude.sampling.draw import Row, draw, mix, uniform
 from etude.types import SamplingParams
@@ -42,16 +42,24 @@ def test_a_token_without_mass_is_never_drawn(seed, position, temperature):
     assert token in (1, 3)
 
 
-@given(st.integers(0, 10_000), st.integers(0, 12), st.floats(0.05, 1.0), st.sampled_from([0.6, 1.0, 1.3]))
-def test_cuts_equal_the_warpers_of_transformers(seed, top_k, top_p, temperature):
+@given(
+    st.integers(0, 10_000),
+    st.integers(0, 12),
+    st.floats(0.05, 1.0),
+    st.sampled_from([0.6, 1.0, 1.3]),
+    st.sampled_from([0.0, 0.05, 0.3]),
+)
+def test_cuts_equal_the_warpers_of_transformers(seed, top_k, top_p, temperature, min_p):
     logits = torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    params = SamplingParams(top_k=top_k, top_p=top_p, temperature=temperature)
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
     drawn = draw(logits, [row(params, seed)])
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(None, scores)
     token = drawn.token_ids[0]
     assert drawn.sampling_logprobs[0] == pytest.approx(scores.log_softmax(-1)[0, token].item())
     assert drawn.logprobs[0] == pytest.approx((logits / temperature).log_softmax(-1)[0, token].item())

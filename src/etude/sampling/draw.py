@@ -7,6 +7,7 @@ rather than handed to `torch.multinomial`, which is several times slower and dra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,7 @@ def _cut(logits_RV: Tensor, base_RV: Tensor, rows: Sequence[Row], temperatures: 
         if row.params.processors
         or row.params.top_k
         or row.params.top_p < 1
+        or row.params.min_p
         or (row.generated < row.params.min_new_tokens and row.params.eos_token_ids)
     ]
     if not changed:
@@ -112,7 +114,7 @@ def _cut(logits_RV: Tensor, base_RV: Tensor, rows: Sequence[Row], temperatures: 
 
 
 def _cut_row(logits_V: Tensor, row: Row, temperature: float) -> Tensor:
-    """Processors, minimum length, temperature, top-k, top-p: the order of `transformers`."""
+    """Processors, minimum length, temperature, top-k, top-p, min-p: the order of `transformers`."""
     params = row.params
     scores_V = logits_V
     if params.processors:
@@ -131,4 +133,7 @@ def _cut_row(logits_V: Tensor, row: Row, temperature: float) -> Tensor:
         probs_V = sorted_V.softmax(-1)
         mass_before_V = probs_V.cumsum(-1) - probs_V
         scores_V = scores_V.index_fill(0, order_V[mass_before_V >= params.top_p], -torch.inf)
+    if params.min_p:
+        least = scores_V.max() + math.log(params.min_p)
+        scores_V = scores_V.masked_fill(scores_V < least, -torch.inf)
     return scores_V.log_softmax(-1)

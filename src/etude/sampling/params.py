@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
 from etude.errors import ConfigError
 from etude.types import SamplingParams
@@ -18,6 +18,8 @@ _TAKEN = {
     "temperature",
     "top_k",
     "top_p",
+    "min_p",
+    "repetition_penalty",
     "eos_token_id",
     "stop_strings",
     "logits_processor",
@@ -66,10 +68,15 @@ def sampling_params(
         temperature=float(given.get("temperature") or 1.0) if sample else 0.0,
         top_k=int(given.get("top_k") or 0),
         top_p=float(given["top_p"]) if given.get("top_p") is not None else 1.0,
+        min_p=float(given.get("min_p") or 0.0),
         stop=(*stop, *((strings,) if isinstance(strings, str) else strings)),
         eos_token_ids=_eos_ids(given.get("eos_token_id", tokenizer.eos_token_id)),
-        processors=tuple(given.get("logits_processor") or ()),
+        processors=(*_penalty(given.get("repetition_penalty")), *(given.get("logits_processor") or ())),
     )
+
+
+def _penalty(value: float | None) -> tuple[RepetitionPenaltyLogitsProcessor, ...]:
+    return () if value in (None, 1.0) else (RepetitionPenaltyLogitsProcessor(float(value)),)
 
 
 def _eos_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:

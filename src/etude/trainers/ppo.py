@@ -11,7 +11,6 @@ algorithms"), for language models as Ziegler et al. 2019 and Stiennon et al. 202
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import tempfile
@@ -41,10 +40,10 @@ from etude.math.running import RunningMoments
 from etude.models.forward import PolicyForward
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.runtime.loop import run_sync
 from etude.runtime.model_card import write_model_card
 from etude.runtime.run import RunDirectory
 from etude.sampling.draw import mix
+from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
 from etude.trainers.columns import used_columns
@@ -324,8 +323,13 @@ class PPOTrainer(OnlineTrainer):
             limit = {} if length_sampler is None else {"max_new_tokens": int(length_sampler())}
             settings.append(sampling_params({**generation_kwargs, **limit}, self.tokenizer, do_sample=False))
 
+        first = self._generated
+        self._generated += len(queries)
+        seeds = [mix(self.config.seed, _GENERATE, first + i) for i in range(len(queries))]
+
         def continued(sampler: LocalSampler) -> Any:
-            responses = run_sync(self._continue(sampler, queries, settings))
+            turns = continue_all(sampler, [query.tolist() for query in queries], settings, seeds)
+            responses = [q.new_tensor(turn.token_ids) for q, turn in zip(queries, turns, strict=True)]
             if return_prompt:
                 responses = [torch.cat([q, r]) for q, r in zip(queries, responses, strict=True)]
             return responses if isinstance(query_tensor, list) else responses[0][None]
@@ -335,20 +339,6 @@ class PPOTrainer(OnlineTrainer):
             return result
         with self._reference_sampler() as sampler:
             return result, continued(sampler)
-
-    async def _continue(
-        self, sampler: LocalSampler, queries: list[Tensor], settings: list[Any]
-    ) -> list[Tensor]:
-        async def one(query: Tensor, params: Any, seed: int) -> Tensor:
-            session = sampler.session(seed=seed)
-            sampled = await session.sample(query.tolist(), params)
-            session.close()
-            return torch.tensor(sampled.token_ids, dtype=query.dtype, device=query.device)
-
-        first = self._generated
-        self._generated += len(queries)
-        seeds = [mix(self.config.seed, _GENERATE, first + i) for i in range(len(queries))]
-        return await asyncio.gather(*map(one, queries, settings, seeds))
 
     def _reference_sampler(self) -> AbstractContextManager[LocalSampler]:
         if self.ref_model is not None:

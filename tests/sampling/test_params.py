@@ -1,0 +1,50 @@
+"""Generation keywords."""
+
+import pytest
+import torch
+
+from etude.errors import ConfigError
+from etude.sampling.draw import Row, draw
+from etude.sampling.params import sampling_params
+
+
+def test_keywords_of_trl_s_scripts(tokenizer):
+    given = {
+        "min_length": -1,
+        "top_k": 0.0,
+        "top_p": 1.0,
+        "do_sample": True,
+        "pad_token_id": 1,
+        "eos_token_id": -1,
+    }
+    params = sampling_params({**given, "eos_token_id": -1, "max_new_tokens": 32}, tokenizer)
+    assert (params.max_new_tokens, params.top_k, params.top_p, params.temperature) == (32, 0, 1.0, 1.0)
+    assert params.eos_token_ids == ()
+
+
+def test_defaults(tokenizer):
+    assert sampling_params(None, tokenizer).eos_token_ids == (tokenizer.eos_token_id,)
+    assert sampling_params(None, tokenizer).temperature == 1.0
+    assert sampling_params(None, tokenizer, do_sample=False).temperature == 0.0
+    assert sampling_params({"stop_strings": "x"}, tokenizer, stop=("y",)).stop == ("y", "x")
+    assert sampling_params({"eos_token_id": [1, 2]}, tokenizer).eos_token_ids == (1, 2)
+
+
+def test_a_repetition_penalty_pushes_what_was_there_away(tokenizer):
+    params = sampling_params({"repetition_penalty": 1.5, "do_sample": False}, tokenizer)
+    logits = torch.tensor([[1.0, 3.0, 2.9, 0.0]])
+    assert draw(logits, [Row(params, 0, [2], 0)]).token_ids == [1]
+    assert draw(logits, [Row(params, 0, [1], 0)]).token_ids == [2]
+    drawn = draw(logits, [Row(params, 0, [1], 0)])
+    penalised = torch.tensor([1.0, 2.0, 2.9, 0.0]).log_softmax(-1)[2]
+    assert drawn.sampling_logprobs[0] == pytest.approx(penalised.item())
+    assert drawn.logprobs[0] == pytest.approx(logits[0].log_softmax(-1)[2].item())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"max_tokens": 3}, "did you mean"), ({"num_beams": 3}, "isn't supported"), ({"zzz": 1}, "known are")],
+)
+def test_what_is_refused(tokenizer, given, message):
+    with pytest.raises(ConfigError, match=message):
+        sampling_params(given, tokenizer)
