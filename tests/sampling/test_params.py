@@ -33,9 +33,13 @@ def test_defaults(tokenizer):
 def test_a_repetition_penalty_pushes_what_was_there_away(tokenizer):
     params = sampling_params({"repetition_penalty": 1.5, "do_sample": False}, tokenizer)
     logits = torch.tensor([[1.0, 3.0, 2.9, 0.0]])
-    assert draw(logits, [Row(params, 0, [2], 0)]).token_ids == [1]
-    assert draw(logits, [Row(params, 0, [1], 0)]).token_ids == [2]
-    drawn = draw(logits, [Row(params, 0, [1], 0)])
+
+    def after(token):
+        return Row(params, 0, 1, lambda: torch.tensor([[token]]), 0)
+
+    assert draw(logits, [after(2)]).token_ids == [1]
+    assert draw(logits, [after(1)]).token_ids == [2]
+    drawn = draw(logits, [after(1)])
     penalised = torch.tensor([1.0, 2.0, 2.9, 0.0]).log_softmax(-1)[2]
     assert drawn.sampling_logprobs[0] == pytest.approx(penalised.item())
     assert drawn.logprobs[0] == pytest.approx(logits[0].log_softmax(-1)[2].item())

@@ -8,7 +8,7 @@ rather than handed to `torch.multinomial`, which is several times slower and dra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +42,15 @@ class Row:
     Attributes:
         params: of the turn.
         seed: of the session's stream.
-        history: all tokens so far; the next one's position is its length.
+        position: of the token to be drawn: the number of tokens so far.
+        history: gives the tokens so far, [1, position], to processors.
         generated: tokens sampled in this turn so far.
     """
 
     params: SamplingParams
     seed: int
-    history: list[int]
+    position: int
+    history: Callable[[], Tensor]
     generated: int
 
 
@@ -87,7 +89,7 @@ def draw(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
 def _invert(logprobs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     """The first token whose cumulative probability exceeds the row's random number."""
     cdf_RV = logprobs_RV.exp().cumsum(-1)
-    u_R = cdf_RV.new_tensor([uniform(row.seed, len(row.history)) for row in rows])
+    u_R = cdf_RV.new_tensor([uniform(row.seed, row.position) for row in rows])
     total_R = cdf_RV[:, -1]
     # Strictly below the total, so that rounding can't step past the last token that has any mass.
     threshold_R = torch.minimum(u_R * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
@@ -107,10 +109,10 @@ def _cut(logits_RV: Tensor, base_RV: Tensor, rows: Sequence[Row], temperatures: 
     ]
     if not changed:
         return base_RV
-    cut_RV = base_RV.clone()
-    for i in changed:
-        cut_RV[i] = _cut_row(logits_RV[i], rows[i], temperatures[i])
-    return cut_RV
+    scores = torch.stack([_cut_row(logits_RV[i], rows[i], temperatures[i]) for i in changed]).log_softmax(-1)
+    if len(changed) == len(rows):
+        return scores
+    return base_RV.index_copy(0, torch.tensor(changed, device=base_RV.device), scores)
 
 
 def _cut_row(logits_V: Tensor, row: Row, temperature: float) -> Tensor:
@@ -118,14 +120,15 @@ def _cut_row(logits_V: Tensor, row: Row, temperature: float) -> Tensor:
     params = row.params
     scores_V = logits_V
     if params.processors:
-        history = torch.tensor([row.history], device=logits_V.device)
-        scores_1V = logits_V[None].clone()
+        scores_1V = logits_V[None].clone()  # a processor may write into it
         for processor in params.processors:
-            scores_1V = processor(history, scores_1V)
+            scores_1V = processor(row.history(), scores_1V)
         scores_V = scores_1V[0]
-    scores_V = scores_V / temperature
+    if temperature != 1.0:
+        scores_V = scores_V / temperature
     if row.generated < params.min_new_tokens and params.eos_token_ids:
-        scores_V[list(params.eos_token_ids)] = -torch.inf
+        eos = torch.tensor(params.eos_token_ids, device=scores_V.device)
+        scores_V = scores_V.index_fill(0, eos, -torch.inf)
     if params.top_k and params.top_k < scores_V.numel():
         scores_V = scores_V.masked_fill(scores_V < scores_V.topk(params.top_k).values[-1], -torch.inf)
     if params.top_p < 1:
@@ -136,4 +139,4 @@ def _cut_row(logits_V: Tensor, row: Row, temperature: float) -> Tensor:
     if params.min_p:
         least = scores_V.max() + math.log(params.min_p)
         scores_V = scores_V.masked_fill(scores_V < least, -torch.inf)
-    return scores_V.log_softmax(-1)
+    return scores_V

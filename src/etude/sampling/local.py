@@ -47,9 +47,24 @@ class LocalSession:
     source: tuple[LocalSession, int] | None = None  # who holds its first tokens, and how many of them
     busy: bool = False
     closed: bool = False
+    _tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    _written: int = 0  # tokens that are in it
 
     async def sample(self, token_ids: Sequence[int], params: SamplingParams) -> Sampled:
         return await self.sampler._sample(self, token_ids, params)
+
+    def history(self) -> torch.Tensor:
+        """The tokens so far, [1, n], written token by token: processors ask for them at every one."""
+        count = len(self.token_ids)
+        if count > len(self._tensor):
+            grown = torch.empty(2 * count, dtype=torch.long, device=self.sampler.model.device)
+            grown[: self._written] = self._tensor[: self._written]
+            self._tensor = grown
+        if count > self._written:
+            new = torch.tensor(self.token_ids[self._written :])
+            self._tensor[self._written : count] = new
+            self._written = count
+        return self._tensor[None, :count]
 
     def close(self) -> None:
         self.closed = True
@@ -71,7 +86,8 @@ class _Turn:
     version: int = -1  # of the weights at the first token
 
     def row(self) -> Row:
-        return Row(self.params, self.session.seed, self.session.token_ids, len(self.token_ids))
+        session = self.session
+        return Row(self.params, session.seed, len(session.token_ids), session.history, len(self.token_ids))
 
     def extend(self, token: int, logprob: float, sampling_logprob: float) -> FinishReason | None:
         self.session.token_ids.append(token)
