@@ -9,7 +9,7 @@ equals 8 × 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -269,10 +269,14 @@ class Learner:
                 keep_logits,
             )
 
-    def _as_reference(self) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def _as_reference(self) -> Iterator[nn.Module]:
         if self.reference is not None:
-            return nullcontext(self.reference)
-        return _adapters_off(self.policy, self.accelerator.unwrap_model(self.policy))
+            yield self.reference
+        else:
+            unwrapped: PolicyForward = self.accelerator.unwrap_model(self.policy)
+            with reference_by_disabled_adapters(unwrapped.model):
+                yield self.policy
 
     def _synchronised(self, synchronise: bool) -> AbstractContextManager[object]:
         return nullcontext() if synchronise else self.accelerator.no_sync(self.policy)
@@ -280,19 +284,6 @@ class Learner:
     def global_count(self, count: Tensor) -> Tensor:
         """Sum over processes, as float32."""
         return self.accelerator.reduce(count.to(self.accelerator.device, torch.float32), "sum")
-
-
-class _adapters_off(AbstractContextManager[nn.Module]):
-    def __init__(self, policy: nn.Module, unwrapped: PolicyForward) -> None:
-        self.policy = policy
-        self.context = reference_by_disabled_adapters(unwrapped.model)
-
-    def __enter__(self) -> nn.Module:
-        self.context.__enter__()
-        return self.policy
-
-    def __exit__(self, *error: object) -> None:
-        self.context.__exit__(*error)  # type: ignore[arg-type]
 
 
 def evaluation_mode(policy: nn.Module) -> None:

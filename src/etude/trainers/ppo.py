@@ -12,19 +12,15 @@ algorithms"), for language models as Ziegler et al. 2019 and Stiennon et al. 202
 from __future__ import annotations
 
 import math
-import os
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
@@ -33,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
-from etude.errors import ConfigError, DataError, ModelError, RewardError
+from etude.errors import ConfigError, DataError, ModelError
 from etude.math.kl import AdaptiveKLController, FixedKLController, KLController
 from etude.math.losses import aggregate, clipped_policy_loss, clipped_value_loss
 from etude.math.running import RunningMoments
@@ -46,12 +42,21 @@ from etude.sampling.draw import mix
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
+from etude.trainers.clock import Clock
 from etude.trainers.columns import used_columns
 from etude.trainers.credit import Credit, gae_credit
 from etude.trainers.learner import Learner, Minibatch, UpdateLog
 from etude.trainers.online import OnlineTrainer
 from etude.trainers.ppo_config import PPOConfig
 from etude.trainers.ppo_stats import minibatch_stats, step_stats
+from etude.trainers.setup import (
+    changed_settings,
+    empty_device_cache,
+    flat_settings,
+    make_accelerator,
+    with_value_head,
+)
+from etude.trainers.step_checks import check_step, finite_score
 
 _GENERATE, _ORDER = 4, 5  # names of random streams
 
@@ -105,8 +110,8 @@ class PPOTrainer(OnlineTrainer):
         self.tokenizer = tokenizer
         self.environment = environment
         self.train_dataset, self.eval_dataset, self.test_dataset = train_dataset, eval_dataset, test_dataset
-        self.accelerator = _accelerator(config)
-        self.model = _with_value_head(model)
+        self.accelerator = make_accelerator(config)
+        self.model = with_value_head(model)
         self.is_peft_model = self.model.is_peft_model
         self.is_encoder_decoder = False
         self._fill_in_config()
@@ -150,14 +155,16 @@ class PPOTrainer(OnlineTrainer):
         self._generated = 0
         if config.report_to:
             self.accelerator.init_trackers(
-                config.tracker_project_name, _flat(config.to_dict()), init_kwargs=config.tracker_kwargs
+                config.tracker_project_name,
+                flat_settings(config.to_dict()),
+                init_kwargs=config.tracker_kwargs,
             )
 
     # The algorithm.
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """Observe the batch, give each token its credit, and go through it `ppo_epochs` times."""
-        config, clock = self.config, _Clock()
+        config, clock = self.config, Clock()
         scores_B = self._scaled([trajectory.score for trajectory in trajectories])
         clock.lap("compute_rewards")
         experience = self.learner.observe(trajectories)
@@ -277,8 +284,8 @@ class PPOTrainer(OnlineTrainer):
             DataError: a list has the wrong length or type.
             RewardError: a score is NaN or infinite.
         """
-        _check_step(self.config.batch_size, queries, responses, scores, response_masks)
-        values = [_score(score, i) for i, score in enumerate(scores)]
+        check_step(self.config.batch_size, queries, responses, scores, response_masks)
+        values = [finite_score(score, i) for i, score in enumerate(scores)]
         masks: Sequence[Tensor | None] = response_masks or [None] * len(queries)
         trajectories = [
             Trajectory.of_response(query.cpu(), response.cpu(), value, mask)
@@ -288,7 +295,7 @@ class PPOTrainer(OnlineTrainer):
         self.current_step += 1
         self._push_if_best(sum(values) / len(values))
         if self.config.optimize_device_cache:
-            _empty_device_cache(self.current_device)
+            empty_device_cache(self.current_device)
         return stats
 
     def generate(
@@ -340,10 +347,13 @@ class PPOTrainer(OnlineTrainer):
         with self._reference_sampler() as sampler:
             return result, continued(sampler)
 
-    def _reference_sampler(self) -> AbstractContextManager[LocalSampler]:
+    @contextmanager
+    def _reference_sampler(self) -> Iterator[LocalSampler]:
         if self.ref_model is not None:
-            return nullcontext(self._sampler_of_reference)
-        return _SwitchedOff(self.model, self.tokenizer)
+            yield self._sampler_of_reference
+        else:
+            with reference_by_disabled_adapters(self.model):
+                yield LocalSampler(self.model, self.tokenizer, slots=self.config.slots)
 
     @cached_property
     def _sampler_of_reference(self) -> LocalSampler:
@@ -425,7 +435,7 @@ class PPOTrainer(OnlineTrainer):
             base_model=self.model.config.name_or_path or None,
             trainer="PPOTrainer",
             method="ppo",
-            config_summary=_changed(self.config),
+            config_summary=changed_settings(self.config),
         )
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -478,118 +488,3 @@ class PPOTrainer(OnlineTrainer):
             self.highest_reward = mean_score
             if self.accelerator.is_main_process:
                 self.model.push_to_hub(**kwargs)
-
-
-class _SwitchedOff(AbstractContextManager[LocalSampler]):
-    """A sampler over the base model of a model with adapters."""
-
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.context = reference_by_disabled_adapters(model)
-        self.model, self.tokenizer = model, tokenizer
-
-    def __enter__(self) -> LocalSampler:
-        self.context.__enter__()
-        return LocalSampler(self.model, self.tokenizer)
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
-
-
-class _Clock:
-    """Seconds between laps, under TRL's keys."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.monotonic()
-        self.times: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.times[f"time/ppo/{name}"] = now - self.last
-        self.last = now
-
-    def laps(self) -> dict[str, float]:
-        return {**self.times, "time/ppo/total": self.last - self.started}
-
-
-def _accelerator(config: PPOConfig) -> Accelerator:
-    # Left to itself, accelerate takes several processes without a GPU for so many runs of their own.
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    return Accelerator(
-        cpu=several_on_cpu,
-        log_with=config.report_to or None,
-        project_config=ProjectConfiguration(
-            **{"project_dir": config.output_dir, "logging_dir": config.output_dir, **config.project_kwargs}
-        ),
-        **config.accelerator_kwargs,
-    )
-
-
-def _with_value_head(model: Any) -> AutoModelForCausalLMWithValueHead:
-    if isinstance(model, AutoModelForCausalLMWithValueHead):
-        return model
-    if isinstance(model, str | Path | PreTrainedModel | PeftModel):
-        return AutoModelForCausalLMWithValueHead.from_pretrained(model)
-    raise ModelError(
-        f"model is a {type(model).__name__}; expected an AutoModelForCausalLMWithValueHead, a causal "
-        "language model of transformers, or a directory or hub id"
-    )
-
-
-def _check_step(
-    batch_size: int,
-    queries: Any,
-    responses: Any,
-    scores: Any,
-    masks: Any,
-) -> None:
-    for name, values in (
-        ("queries", queries),
-        ("responses", responses),
-        ("scores", scores),
-        ("masks", masks),
-    ):
-        if values is None and name == "masks":
-            continue
-        if not isinstance(values, list | tuple):
-            raise DataError(f"{name} is a {type(values).__name__}; expected a list of tensors")
-        if len(values) != batch_size:
-            raise DataError(f"{name} has {len(values)} entries; expected batch_size = {batch_size}")
-        if name in ("queries", "responses"):
-            for i, value in enumerate(values):
-                if not isinstance(value, Tensor) or value.dim() != 1:
-                    found = (
-                        f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                    )
-                    raise DataError(f"{name}[{i}] is {found}; expected a tensor of token ids [n]")
-
-
-def _score(score: Tensor | float, index: int) -> float:
-    if isinstance(score, Tensor) and score.numel() != 1:
-        raise DataError(f"scores[{index}] has shape {tuple(score.shape)}; expected a single number")
-    value = float(score)
-    if not math.isfinite(value):
-        raise RewardError(f"scores[{index}] is {value}; expected a finite number")
-    return value
-
-
-def _empty_device_cache(device: torch.device) -> None:
-    if device.type in ("cuda", "mps", "xpu"):
-        getattr(torch, device.type).empty_cache()
-
-
-def _changed(config: PPOConfig) -> dict[str, Any]:
-    """The settings that differ from their defaults, without places and names of this machine's."""
-    default = PPOConfig().to_dict()
-    private = {"output_dir", "project_kwargs", "tracker_kwargs", "hub_model_id", "push_to_hub_if_best_kwargs"}
-    return {k: v for k, v in config.to_dict().items() if v != default[k] and k not in private}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as trackers take them: numbers and text under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat

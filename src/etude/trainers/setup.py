@@ -1,0 +1,65 @@
+"""What a trainer is made of, before it trains: accelerator, model, and its settings as trackers take them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from etude.errors import ModelError
+from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.trainers.ppo_config import PPOConfig
+
+
+def make_accelerator(config: PPOConfig) -> Accelerator:
+    # Left to itself, accelerate takes several processes without a GPU for so many runs of their own.
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    return Accelerator(
+        cpu=several_on_cpu,
+        log_with=config.report_to or None,
+        project_config=ProjectConfiguration(
+            **{"project_dir": config.output_dir, "logging_dir": config.output_dir, **config.project_kwargs}
+        ),
+        **config.accelerator_kwargs,
+    )
+
+
+def with_value_head(model: Any) -> AutoModelForCausalLMWithValueHead:
+    if isinstance(model, AutoModelForCausalLMWithValueHead):
+        return model
+    if isinstance(model, str | Path | PreTrainedModel | PeftModel):
+        return AutoModelForCausalLMWithValueHead.from_pretrained(model)
+    raise ModelError(
+        f"model is a {type(model).__name__}; expected an AutoModelForCausalLMWithValueHead, a causal "
+        "language model of transformers, or a directory or hub id"
+    )
+
+
+def empty_device_cache(device: torch.device) -> None:
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).empty_cache()
+
+
+def changed_settings(config: PPOConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults, without places and names of this machine's."""
+    default = PPOConfig().to_dict()
+    private = {"output_dir", "project_kwargs", "tracker_kwargs", "hub_model_id", "push_to_hub_if_best_kwargs"}
+    return {k: v for k, v in config.to_dict().items() if v != default[k] and k not in private}
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as trackers take them: numbers and text under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flat_settings(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
