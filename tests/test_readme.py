@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from etude.tools.calculator import calculator
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,6 +41,28 @@ def test_readme(names, tmp_path):
     assert (tmp_path / "runs" / "calculator" / "report.html").exists()
     exec(own_loop, names)
     assert names["stats"]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_both_loops_over_one_environment(names, tmp_path):
+    """The loop is yours, then ours: one model, one environment, few-shot prompt and columns."""
+    exec(
+        """
+from etude import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, TextEnvironment
+
+model = AutoModelForCausalLMWithValueHead.from_pretrained(model_name_or_path)
+env = TextEnvironment(model, tokenizer, tools=[calculator], reward_fn=exact_answer, prompt="q: 1+1 a: =2 ",
+                      max_turns=4, max_tool_response=100, generation_kwargs={"max_new_tokens": 8})
+trainer = PPOTrainer(PPOConfig(batch_size=2), model, tokenizer=tokenizer)
+queries, responses, masks, rewards, histories = env.run(questions, answers=answers)
+stats = trainer.step(queries, responses, rewards, masks)
+config = PPOConfig(output_dir="runs/ours", steps=16, batch_size=8, disable_progress=True)
+summary = PPOTrainer(config, model, environment=env, train_dataset=tasks).train()
+""",
+        {**names, "calculator": calculator},
+        names,
+    )
+    assert names["summary"].steps == 2
+    assert names["histories"][0].text.startswith("q: 1+1 a: =2 what is 1+1?")
 
 
 def test_migrating(names):

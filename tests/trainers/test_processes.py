@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from etude.runtime.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,9 +58,6 @@ def model_directory(tmp_path, make_llama, tokenizer):
 
 
 def test_two_processes_end_in_the_weights_of_one(model_directory):
-    import torch
-    from safetensors.torch import load_file
-
     (model_directory / "step.py").write_text(STEP)
     for processes in (1, 2):
         done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
@@ -70,12 +71,14 @@ def test_two_processes_end_in_the_weights_of_one(model_directory):
         torch.testing.assert_close(parameter, two[name], atol=1e-6, rtol=0, msg=name)
 
 
-def test_the_command_line_in_two_processes(model_directory):
+@pytest.fixture
+def options(model_directory):
+    """Of a run of `etude ppo` in `model_directory`."""
     (model_directory / "tasks.jsonl").write_text('{"prompt": "say one:"}\n{"prompt": "say two:"}\n')
     (model_directory / "reward.py").write_text(
         "def vowels(completions):\n    return [float(c.count('a') + c.count('e')) for c in completions]\n"
     )
-    options = {
+    values = {
         "model_name_or_path": "model",
         "train_dataset": "tasks.jsonl",
         "eval_dataset": "tasks.jsonl",
@@ -89,18 +92,21 @@ def test_the_command_line_in_two_processes(model_directory):
         "generation.max_new_tokens": 6,
         "eval_steps": 1,
     }
-    words = [f"--{name}={value}" for name, value in options.items()]
-    done = launch(2, "-m", "etude", "ppo", *words, cwd=model_directory)
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def steps_of(directory):
+    return [row["step"] for row in RunDirectory(directory / "run").read_metrics() if "reward" in row]
+
+
+def test_the_command_line_in_two_processes(model_directory, options):
+    done = launch(2, "-m", "etude", "ppo", *options, cwd=model_directory)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(re.findall("report:", done.stdout)) == 1, "only the main process speaks"
-    from etude.runtime.run import RunDirectory
-
-    steps = [row["step"] for row in RunDirectory(model_directory / "run").read_metrics() if "reward" in row]
-    assert steps == [1, 2], "16 episodes, 2 × 4 at a time"
+    assert steps_of(model_directory) == [1, 2], "16 episodes, 2 × 4 at a time"
 
 
-def test_accelerate_launch(model_directory):
-    """A mistake in the options comes out of the launcher as the command's own line."""
+def test_accelerate_launch(model_directory, options):
     command = [
         sys.executable,
         "-m",
@@ -110,16 +116,20 @@ def test_accelerate_launch(model_directory):
         "-m",
         "etude",
     ]
-    words = [
-        "ppo",
-        "--model_name_or_path=model",
-        "--train_dataset=x.jsonl",
-        "--reward=a.py:b",
-        "--batch_sise=4",
-    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, *words], env=environment, capture_output=True, text=True, timeout=120, cwd=model_directory
-    )
-    assert "etude: error: unknown option" in done.stderr
-    assert "batch_size" in done.stderr
+
+    def run(*more):
+        return subprocess.run(
+            [*command, "ppo", *options, *more],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=model_directory,
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert steps_of(model_directory) == [1, 2, 3, 4]
+    wrong = run("--batch_sise=4")
+    assert "etude: error: unknown option --batch_sise; did you mean --batch_size?" in wrong.stderr
