@@ -199,6 +199,14 @@ def test_an_earlier_run_is_not_overwritten(make_trainer, tmp_path):
     assert steps == [1, 2]
 
 
+@pytest.mark.parametrize(("count", "kept"), [(0, 0), (2, 2), (-1, 8)])
+def test_how_many_episodes_are_written(make_trainer, tmp_path, count, kept):
+    make_trainer(steps=8, episodes_to_log=count, eval_steps=1).train()
+    run = RunDirectory(tmp_path / "run")
+    assert len(run.read_episodes(split="train")) == kept
+    assert len(run.read_episodes(split="after")) == min(kept, len(TASKS) - 4)
+
+
 def test_every_task_is_played_once_per_epoch(make_trainer):
     trainer = make_trainer()
     seen = [trainer._task(step, i)["prompt"] for step in range(7) for i in range(8)]

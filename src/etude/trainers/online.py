@@ -32,7 +32,7 @@ from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.reporting.report import write_report
 from etude.reporting.terminal import TrainingDisplay
 from etude.runtime.loop import run_sync
-from etude.runtime.run import RunDirectory
+from etude.runtime.run import RunDirectory, Split
 from etude.sampling.draw import mix
 from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_weights, save_checkpoint
@@ -187,15 +187,14 @@ class OnlineTrainer(ABC):
         metrics = episode_metrics(episodes, self.config.success_reward)
         return self._average(metrics, weight=len(episodes)), episodes
 
-    def _measure(self, split: str, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
+    def _measure(self, split: Split, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
         """Success on held-out tasks, on which nothing is selected."""
         if not rows:
             return
         metrics, episodes = self._evaluate(rows)
         if self.accelerator.is_main_process:
             run.update_summary({split: metrics["success"]})
-            kept = episodes[: max(self.config.episodes_to_log, 0) or None]
-            run.append_episodes(self.current_step, split, kept, self.tokenizer)  # type: ignore[arg-type]
+            run.append_episodes(self.current_step, split, self._kept(episodes), self.tokenizer)
 
     def _validate(self, run: RunDirectory, display: TrainingDisplay) -> None:
         """Measure on the validation tasks, and keep the weights if they are the best so far."""
@@ -208,8 +207,7 @@ class OnlineTrainer(ABC):
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             run.append_metrics(step, {f"validation/{name}": value for name, value in metrics.items()})
-            kept = episodes[: max(self.config.episodes_to_log, 0) or None]
-            run.append_episodes(step, "validation", kept, self.tokenizer)
+            run.append_episodes(step, "validation", self._kept(episodes), self.tokenizer)
         if better:
             self._save_checkpoint(run, best=success)
         display.message(f"iteration {step}: validation success {success:.3f}")
@@ -297,8 +295,12 @@ class OnlineTrainer(ABC):
         self.accelerator.log(dict(metrics), step=step)
         if self.accelerator.is_main_process and step % self.config.logging_steps == 0:
             run.append_metrics(step, metrics)
-            count = self.config.episodes_to_log
-            run.append_episodes(step, "train", episodes if count < 0 else episodes[:count], self.tokenizer)
+            run.append_episodes(step, "train", self._kept(episodes), self.tokenizer)
+
+    def _kept(self, episodes: Sequence[Episode]) -> Sequence[Episode]:
+        """Those that are written to the run directory."""
+        count = self.config.episodes_to_log
+        return episodes if count < 0 else episodes[:count]
 
     def _report(self, run: RunDirectory) -> Path | None:
         return write_report(run.path) if self.accelerator.is_main_process else None
