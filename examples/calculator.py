@@ -102,6 +102,9 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def write_model(directory: Path, seed: int) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     words = ["<pad>", "<eos>", "<unk>", "<request>", "<calculator>", "<call>", "<response>", "<submit>"]
     words += ["What is ", "Result=", *(c for c in string.printable if c.isprintable())]
@@ -182,7 +185,7 @@ def etude(command: str, **options: object) -> None:
 
 
 def show(directory: Path, seed: int, started: float) -> None:
-    """Two episodes, where the report is, and what it came to."""
+    """Two episodes, and what it came to."""
     from rich.console import Console
 
     from etude.reporting.episodes import episode_text, legend
@@ -195,7 +198,6 @@ def show(directory: Path, seed: int, started: float) -> None:
         console.print(episode_text(episode), "\n", soft_wrap=True)
     summary, seconds = run.read_summary(), time.monotonic() - started
     before, after = summary["before"], summary["after"]
-    print(f"report: {directory / 'report.html'}")
     print(f"success before={before:.2f} after={after:.2f} seed={seed} seconds={seconds:.0f}")
 
 

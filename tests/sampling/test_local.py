@@ -254,6 +254,34 @@ def test_more_sessions_than_slots_all_waiting_for_tools(llama, tokenizer):
     assert run_sync(play()) == expected
 
 
+def test_a_slow_tool_gives_its_slot_up_while_others_run(llama, tokenizer):
+    sampler = LocalSampler(llama, tokenizer, slots=2)
+    ended = []
+
+    async def episode(name, tokens):
+        session = sampler.session(seed=ord(name))
+        await session.sample([ord(name) % VOCAB], SamplingParams(max_new_tokens=tokens))
+        ended.append(name)
+        return session
+
+    async def play():
+        waiting_for_its_tool = await episode("a", 2)
+        await asyncio.gather(episode("b", 60), episode("c", 3))
+        assert waiting_for_its_tool.slot is None
+        return await waiting_for_its_tool.sample([5], SamplingParams(max_new_tokens=4))
+
+    again = run_sync(play())
+    assert ended == ["a", "c", "b"], "c didn't wait for b's sixty tokens"
+    alone = LocalSampler(llama, tokenizer, slots=1)
+
+    async def undisturbed():
+        session = alone.session(seed=ord("a"))
+        await session.sample([ord("a") % VOCAB], SamplingParams(max_new_tokens=2))
+        return await session.sample([5], SamplingParams(max_new_tokens=4))
+
+    assert again.token_ids == run_sync(undisturbed()).token_ids
+
+
 def test_stop_strings_eos_and_length(llama, tokenizer):
     sampler = LocalSampler(llama, tokenizer, slots=4)
     query = prompts(1)[0]

@@ -34,6 +34,8 @@ from etude.sampling.prefixes import Prefixes
 from etude.sampling.stop import StopStrings, token_texts
 from etude.types import FinishReason, Sampled, SamplingParams
 
+_PATIENCE = 8  # steps that an idle session keeps its slot for while others wait for one
+
 
 @dataclass(eq=False)
 class LocalSession:
@@ -46,6 +48,7 @@ class LocalSession:
     cached: int = 0  # tokens whose keys and values are in the slot
     source: tuple[LocalSession, int] | None = None  # who holds its first tokens, and how many of them
     busy: bool = False
+    idle_since: int = 0  # the step at which its last turn ended
     closed: bool = False
     _tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     _written: int = 0  # tokens that are in it
@@ -293,6 +296,7 @@ class LocalSampler:
         ids = turn.token_ids[:-1] if finish == "eos" else turn.token_ids
         text = decode(self.tokenizer, ids)
         sampled = Sampled(turn.token_ids, text, turn.logprobs, turn.sampling_logprobs, finish, turn.version)
+        turn.session.idle_since = self.steps
         if not turn.result.done():
             turn.result.set_result(sampled)
 
@@ -307,9 +311,14 @@ class LocalSampler:
         self._waiting = still_waiting
 
     def _take_slot(self, session: LocalSession) -> bool:
-        if not self._free and not self._running:
-            # Every slot is held by a session whose tool runs: the cheapest to rebuild gives its up.
-            idle = [holder for holder in self._holders.values() if not holder.busy]
+        if not self._free:
+            # Of the sessions whose tools take long, the cheapest to rebuild gives its slot up.
+            patience = _PATIENCE if self._running else 0
+            idle = [
+                holder
+                for holder in self._holders.values()
+                if not holder.busy and self.steps - holder.idle_since >= patience
+            ]
             if idle:
                 self._release(min(idle, key=lambda holder: len(holder.token_ids)))
         if not self._free:
