@@ -297,6 +297,24 @@ def test_early_stopping_and_the_ratio_threshold(tokenizer, make_llama, monkeypat
         epochs(ratio_threshold=0.5)
 
 
+@pytest.mark.filterwarnings("ignore:the KL to the reference")
+def test_a_skipped_mini_batch_changes_nothing_even_where_the_ratio_overflowed(trainer, tokenizer):
+    queries, responses, masks, scores = batch(len(tokenizer))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    observe = trainer.learner.observe
+
+    def long_ago(trajectories):
+        experience = observe(trajectories)
+        experience.logprobs = experience.logprobs - 200.0  # e^200 is inf in float32
+        return experience
+
+    trainer.learner.observe = long_ago
+    with pytest.warns(UserWarning, match="the mini-batch is skipped"):
+        trainer.step(queries, responses, scores, masks)
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 def test_lora_s_reference_is_the_base_model(tokenizer, make_llama):
     base = make_llama()
     model = AutoModelForCausalLMWithValueHead(

@@ -223,7 +223,8 @@ class PPOTrainer(OnlineTrainer):
                 "the mini-batch is skipped",
                 stacklevel=2,
             )
-            loss = loss * 0.0
+            # Not `loss * 0`, which is NaN once the ratio has overflowed.
+            loss = 0.0 * (minibatch.logprobs.sum() + minibatch.values.sum())
         share = minibatch.denominator / mask.sum()  # back from this mini-batch's part to its own mean
         numbers = minibatch_stats(
             policy_loss=policy_loss.detach() * share,
