@@ -122,11 +122,11 @@ class OnlineTrainer(ABC):
                     self._validate(run, display)
                 while self.current_step < total:
                     self._iterate(run, display)
-        except (
-            BaseException
-        ):  # Ctrl-C, a reward that is NaN, a tool server that died: what was learned is kept
+        except BaseException:
+            # Ctrl-C, a reward that is NaN: what was learned is kept. No process waits for the others here,
+            # which may not have failed.
             if not self._updating:
-                self._save_checkpoint(run)
+                self._write_checkpoint(run)
                 self._report(run)
             raise
         if self.config.save_steps and self.current_step % self.config.save_steps:
@@ -143,6 +143,7 @@ class OnlineTrainer(ABC):
         seeds = [mix(config.seed, _EPISODES, step, i) for i in indices]
         episodes = self.play(tasks, seeds)
         played = time.monotonic()
+        # Validation and checkpoint belong to the iteration: a run resumed after Ctrl-C has them too.
         with interrupt_after():
             self._updating = True
             stats = self.learn([Trajectory.of_episode(episode) for episode in episodes])
@@ -279,16 +280,20 @@ class OnlineTrainer(ABC):
         return run
 
     def _save_checkpoint(self, run: RunDirectory, best: float | None = None) -> None:
-        """Write a checkpoint; with `best`, the validation success by which it is the one to end with."""
-        if self.accelerator.is_main_process:
-            with run.checkpoint(self.current_step) as directory:
-                save_checkpoint(self, directory)
-            if best is not None:
-                run.mark_best(self.current_step)
-                run.update_summary({"best": best, "best_step": self.current_step})
-            if self.config.save_total_limit is not None:
-                run.prune(self.config.save_total_limit)
+        self._write_checkpoint(run, best)
         self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, run: RunDirectory, best: float | None = None) -> None:
+        """Write a checkpoint; with `best`, the validation success by which it is the one to end with."""
+        if not self.accelerator.is_main_process:
+            return
+        with run.checkpoint(self.current_step) as directory:
+            save_checkpoint(self, directory)
+        if best is not None:
+            run.mark_best(self.current_step)
+            run.update_summary({"best": best, "best_step": self.current_step})
+        if self.config.save_total_limit is not None:
+            run.prune(self.config.save_total_limit)
 
     def _log(self, run: RunDirectory, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
         step = self.current_step
