@@ -11,6 +11,7 @@ from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, EnvironmentSetupError, RewardError, SamplerError, ToolError
 from etude.protocols import Environment
 from etude.runtime.loop import run_sync
+from etude.sampling.local import LocalSampler
 from etude.types import NamedReward, StopReason
 
 
@@ -262,13 +263,32 @@ def test_wall_clock(make_env):
     assert episode.stop is StopReason.WALL_CLOCK
 
 
-def test_what_our_side_breaks_is_kept_beside_what_succeeded(make_env, model):
-    long = "go" * 200  # more than the model can hold
-    env = make_env({"go": ["=3<submit>"], long: ["=3<submit>"]})
-    fine, failed = play(env, "go", long)
+def test_a_prompt_that_the_model_cannot_hold(make_env):
+    long = "go" * 200
+    fine, too_long = play(make_env({"go": ["=3<submit>"], long: []}), "go", long)
     assert fine.reward == 1.0
-    assert failed.stop is StopReason.INFRASTRUCTURE or failed.stop is StopReason.MAX_TOKENS
-    assert failed.turns == 0
+    assert (too_long.stop, too_long.turns, too_long.reward) == (StopReason.MAX_TOKENS, 0, 0.0)
+
+
+def test_what_our_side_breaks_is_kept_beside_what_succeeded(make_env, model, tokenizer):
+    class Unreliable(LocalSampler):
+        """Fails for the second session, as a server does that goes away."""
+
+        opened = 0
+
+        def session(self, *, seed):
+            self.opened += 1
+            session = super().session(seed=seed)
+            if self.opened == 2:
+                session.close()
+            return session
+
+    env = make_env({"go": ["=3<submit>"]}, sampler=Unreliable(model, tokenizer))
+    fine, failed, also_fine = play(env, "go", "go", "go")
+    assert (fine.reward, also_fine.reward) == (1.0, 1.0)
+    assert failed.stop is StopReason.INFRASTRUCTURE
+    assert "closed" in failed.error
+    assert failed.rewards == [], "what our side broke is not scored"
 
 
 def test_when_everything_fails_the_failure_comes_out(model, tokenizer):

@@ -64,7 +64,8 @@ class Lockstep(ABC):
             history.complete(truncated)
         if not history.completed:
             parsed = self.protocol.parse(history.last_text_segment)
-            run_sync(self._answer(history.episode, parsed, self.sampler.max_length))
+            limit = min(self.max_length or self.sampler.max_length, self.sampler.max_length)
+            run_sync(self._answer(history.episode, parsed, limit))
         return history
 
     def parse_tool_call(self, text: str) -> tuple[str | None, str | None]:
