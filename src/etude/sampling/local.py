@@ -15,11 +15,9 @@ Not covered: other processes or machines, encoder–decoders.
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -29,79 +27,11 @@ from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
 from etude.sampling.backends import Feed, choose_backend
-from etude.sampling.draw import Row, draw
-from etude.sampling.prefixes import Prefixes
+from etude.sampling.draw import draw
+from etude.sampling.session import LocalSession, Turn
+from etude.sampling.slots import Slots
 from etude.sampling.stop import StopStrings, token_texts
 from etude.types import FinishReason, Sampled, SamplingParams
-
-_PATIENCE = 8  # steps that an idle session keeps its slot for while others wait for one
-
-
-@dataclass(eq=False)
-class LocalSession:
-    """One episode's tokens, and its slot in the cache while it has one."""
-
-    sampler: LocalSampler
-    seed: int
-    token_ids: list[int] = field(default_factory=list)
-    slot: int | None = None
-    cached: int = 0  # tokens whose keys and values are in the slot
-    source: tuple[LocalSession, int] | None = None  # who holds its first tokens, and how many of them
-    busy: bool = False
-    idle_since: int = 0  # the step at which its last turn ended
-    closed: bool = False
-    _tensor: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    _written: int = 0  # tokens that are in it
-
-    async def sample(self, token_ids: Sequence[int], params: SamplingParams) -> Sampled:
-        return await self.sampler._sample(self, token_ids, params)
-
-    def history(self) -> torch.Tensor:
-        """The tokens so far, [1, n], written token by token: processors ask for them at every one."""
-        count = len(self.token_ids)
-        if count > len(self._tensor):
-            grown = torch.empty(2 * count, dtype=torch.long, device=self.sampler.model.device)
-            grown[: self._written] = self._tensor[: self._written]
-            self._tensor = grown
-        if count > self._written:
-            new = torch.tensor(self.token_ids[self._written :])
-            self._tensor[self._written : count] = new
-            self._written = count
-        return self._tensor[None, :count]
-
-    def close(self) -> None:
-        self.closed = True
-        self.sampler._release(self)
-
-
-@dataclass(eq=False)
-class _Turn:
-    """A turn being sampled."""
-
-    session: LocalSession
-    params: SamplingParams
-    limit: int  # tokens it may still add
-    stop: StopStrings | None
-    result: asyncio.Future[Sampled]
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-    version: int = -1  # of the weights at the first token
-
-    def row(self) -> Row:
-        session = self.session
-        return Row(self.params, session.seed, len(session.token_ids), session.history, len(self.token_ids))
-
-    def extend(self, token: int, logprob: float, sampling_logprob: float) -> FinishReason | None:
-        self.session.token_ids.append(token)
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        self.sampling_logprobs.append(sampling_logprob)
-        if token in self.params.eos_token_ids:
-            return "eos"
-        if self.stop is not None and self.stop.completed_by_last(self.token_ids):
-            return "stop"
-        return "length" if len(self.token_ids) >= self.limit else None
 
 
 class LocalSampler:
@@ -146,17 +76,19 @@ class LocalSampler:
         self._fingerprint = self._weights()
         self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
         self._backend = choose_backend(self.model, slots, self.max_length)
-        self._free = list(range(slots))
-        self._holders: dict[int, LocalSession] = {}
-        self._prefixes: Prefixes[LocalSession] = Prefixes()
-        self._waiting: deque[_Turn] = deque()
-        self._running: list[_Turn] = []
+        self._slots = Slots(slots)
+        self._waiting: deque[Turn] = deque()
+        self._running: list[Turn] = []
         self._pump: asyncio.Task[None] | None = None
         self._stops: dict[tuple[str, ...], StopStrings] = {}
         self._token_texts: list[str] | None = None
 
     def session(self, *, seed: int) -> LocalSession:
         return LocalSession(self, seed)
+
+    def release(self, session: LocalSession) -> None:
+        """Take back the session's slot, if it has one; its next turn is fed from the start."""
+        self._slots.release(session)
 
     def weights_changed(self) -> None:
         """Count a new version of the weights; no cache survives it.
@@ -165,7 +97,7 @@ class LocalSampler:
         """
         self._fingerprint = self._weights()
         self.policy_version += 1
-        for session in self._holders.values():
+        for session in self._slots.holders.values():
             session.cached = 0
 
     def _weights(self) -> int:
@@ -198,7 +130,7 @@ class LocalSampler:
         stop = self._stop_strings(params.stop) if params.stop else None
         future = asyncio.get_running_loop().create_future()
         limit = min(params.max_new_tokens, room)
-        turn = _Turn(session, params, limit, stop, future)
+        turn = Turn(session, params, limit, stop, future)
         session.busy = True
         self._waiting.append(turn)
         if self._pump is None or self._pump.done():
@@ -245,7 +177,7 @@ class LocalSampler:
         if ready:
             self._draw(logits if len(ready) == len(turns) else logits[ready], [turns[i] for i in ready])
 
-    def _schedule(self) -> tuple[list[Feed], list[_Turn]]:
+    def _schedule(self) -> tuple[list[Feed], list[Turn]]:
         """Rows that decode always take part; prompts share the step's token budget."""
         feeds, turns = [], []
         budget = self.prefill_tokens
@@ -277,7 +209,7 @@ class LocalSampler:
         session.source = None
         return True
 
-    def _draw(self, logits: torch.Tensor, turns: list[_Turn]) -> None:
+    def _draw(self, logits: torch.Tensor, turns: list[Turn]) -> None:
         drawn = draw(logits, [turn.row() for turn in turns])
         self.tokens_sampled += len(turns)
         finished = set()
@@ -292,7 +224,7 @@ class LocalSampler:
         if finished:
             self._running = [turn for turn in self._running if turn not in finished]
 
-    def _finish(self, turn: _Turn, finish: FinishReason) -> None:
+    def _finish(self, turn: Turn, finish: FinishReason) -> None:
         ids = turn.token_ids[:-1] if finish == "eos" else turn.token_ids
         text = decode(self.tokenizer, ids)
         sampled = Sampled(turn.token_ids, text, turn.logprobs, turn.sampling_logprobs, finish, turn.version)
@@ -302,41 +234,17 @@ class LocalSampler:
 
     def _admit(self) -> None:
         """Waiting turns become running ones: those whose session kept its slot, others while slots last."""
-        still_waiting: deque[_Turn] = deque()
+        still_waiting: deque[Turn] = deque()
         for turn in self._waiting:
-            if turn.session.slot is None and not self._take_slot(turn.session):
+            if turn.session.slot is None and not self._slots.take(
+                turn.session, self.steps, idle=not self._running
+            ):
                 still_waiting.append(turn)
             else:
                 self._running.append(turn)
         self._waiting = still_waiting
 
-    def _take_slot(self, session: LocalSession) -> bool:
-        if not self._free:
-            # Of the sessions whose tools take long, the cheapest to rebuild gives its slot up.
-            patience = _PATIENCE if self._running else 0
-            idle = [
-                holder
-                for holder in self._holders.values()
-                if not holder.busy and self.steps - holder.idle_since >= patience
-            ]
-            if idle:
-                self._release(min(idle, key=lambda holder: len(holder.token_ids)))
-        if not self._free:
-            return False
-        session.slot = heapq.heappop(self._free)  # the lowest, so that busy slots lie close together
-        self._holders[session.slot] = session
-        session.source = self._prefixes.longest(session.token_ids)
-        self._prefixes.add(session, session.token_ids)
-        return True
-
-    def _release(self, session: LocalSession) -> None:
-        if session.slot is not None:
-            del self._holders[session.slot]
-            heapq.heappush(self._free, session.slot)
-            self._prefixes.remove(session)
-        session.slot, session.cached, session.source = None, 0, None
-
-    def _withdraw(self, turn: _Turn) -> None:
+    def _withdraw(self, turn: Turn) -> None:
         """A turn that nobody waits for any more leaves, and its session with it."""
         if turn in self._waiting:
             self._waiting.remove(turn)

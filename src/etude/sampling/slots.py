@@ -1,0 +1,63 @@
+"""Slots of the cache: who holds one, who has to give one up, and whose first tokens can be copied.
+
+A session takes a slot with its first turn and keeps it while its tool runs. When every slot is held and
+somebody waits, the cheapest to rebuild of the sessions whose tools take long gives its slot up; its keys
+and values are computed again when it comes back.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from etude.sampling.prefixes import Prefixes
+from etude.sampling.session import LocalSession
+
+_PATIENCE = 8  # steps that an idle session keeps its slot for while others wait for one
+
+
+class Slots:
+    """Slots 0 … count − 1 and the sessions that hold them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.holders: dict[int, LocalSession] = {}
+        self._free = list(range(count))
+        self._prefixes: Prefixes[LocalSession] = Prefixes()
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    def take(self, session: LocalSession, step: int, *, idle: bool) -> bool:
+        """Give `session` a slot; False if it has to wait.
+
+        Args:
+            step: the engine's step, by which a holder's idle time is counted.
+            idle: nothing else runs, so that a holder that waits for its tool needn't be spared.
+        """
+        if not self._free:
+            self._evict(step, patience=0 if idle else _PATIENCE)
+        if not self._free:
+            return False
+        session.slot = heapq.heappop(self._free)  # the lowest, so that busy slots lie close together
+        self.holders[session.slot] = session
+        session.source = self._prefixes.longest(session.token_ids)
+        self._prefixes.add(session, session.token_ids)
+        return True
+
+    def release(self, session: LocalSession) -> None:
+        if session.slot is not None:
+            del self.holders[session.slot]
+            heapq.heappush(self._free, session.slot)
+            self._prefixes.remove(session)
+        session.slot, session.cached, session.source = None, 0, None
+
+    def _evict(self, step: int, patience: int) -> None:
+        idle = [
+            holder
+            for holder in self.holders.values()
+            if not holder.busy and step - holder.idle_since >= patience
+        ]
+        if idle:
+            self.release(min(idle, key=lambda holder: len(holder.token_ids)))
