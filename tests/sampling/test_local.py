@@ -210,9 +210,10 @@ def test_shared_beginnings_are_computed_once(llama, tokenizer):
         assert result.logprobs == pytest.approx(expected.logprobs)
 
 
-def test_an_optimizer_step_is_noticed(tokenizer):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_optimizer_step_is_noticed(tokenizer, dtype):
     """A session that stays open over an update goes on with the new weights, and none of the old cache."""
-    model = make_model("llama")
+    model = make_model("llama", dtype)
     sampler = LocalSampler(model, tokenizer, slots=1)
     params = SamplingParams(max_new_tokens=6, temperature=0)
 
@@ -228,6 +229,46 @@ def test_an_optimizer_step_is_noticed(tokenizer):
     first, second = run_sync(play())
     assert (first.policy_version, second.policy_version) == (0, 1)
     assert second.token_ids == generate(model, [1, 2, 3, *first.token_ids, 9], 6)
+
+
+def test_linear_layers_are_prepacked_where_they_can_be(tokenizer):
+    assert LocalSampler(make_model("llama"), tokenizer)._linears is None, "oneDNN has no float64"
+    model = make_model("llama", torch.float32)
+    sampler = LocalSampler(model, tokenizer)
+    assert sampler._linears is not None
+    assert LocalSampler(model, tokenizer, prepack=False)._linears is None
+    [packed] = run_sync(sample_all(sampler, [[1, 2, 3]], SamplingParams(max_new_tokens=5)))
+    plain = LocalSampler(model, tokenizer, prepack=False)
+    [expected] = run_sync(sample_all(plain, [[1, 2, 3]], SamplingParams(max_new_tokens=5)))
+    assert packed.token_ids == expected.token_ids
+    assert packed.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_sessions_close_up_when_slots_become_free(llama, tokenizer):
+    """What is left of a draining batch lies in the lowest slots, and goes on there as if nothing were."""
+    sampler = LocalSampler(llama, tokenizer, slots=4)
+    lengths = [3, 5, 4, 20]
+
+    async def play():
+        sessions = [sampler.session(seed=i) for i in range(4)]
+        slots = []
+
+        async def one(session, length):
+            result = await session.sample([5, 6], SamplingParams(max_new_tokens=length))
+            slots.append(session.slot)
+            session.close()
+            return result
+
+        return await asyncio.gather(*map(one, sessions, lengths)), slots
+
+    results, slots = run_sync(play())
+    assert slots == [0, 2, 1, 0], "the longest moved from slot 3 to slot 0 when that became free"
+    for seed, (result, length) in enumerate(zip(results, lengths, strict=True)):
+        alone = LocalSampler(llama, tokenizer, slots=1)
+        [expected] = run_sync(
+            sample_all(alone, [[5, 6]], SamplingParams(max_new_tokens=length), seeds=[seed])
+        )
+        assert result.token_ids == expected.token_ids
 
 
 def test_more_sessions_than_slots_all_waiting_for_tools(llama, tokenizer):

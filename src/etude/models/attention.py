@@ -143,9 +143,11 @@ class PackedPlan:
             return None
         lengths = torch.ones(count, dtype=torch.long)  # holes look at one key and are thrown away
         lengths[torch.tensor(slots) - first] = torch.tensor(seen)
-        tokens = torch.tensor([self.starts[i] for i in rows], device=self.device)
+        starts = [self.starts[i] for i in rows]
+        tokens = torch.tensor(starts, device=self.device)
         places = torch.tensor(slots, device=self.device) - first
-        return Decoding(set(rows), first, count, width, tokens, places, lengths.to(self.device))
+        dense = starts == list(range(count)) and slots == list(range(first, first + count))
+        return Decoding(set(rows), first, count, width, tokens, places, lengths.to(self.device), dense)
 
 
 @dataclass
@@ -169,6 +171,7 @@ class Decoding:
     tokens: Tensor  # [R], places in the flat step
     places: Tensor  # [R], places in the block
     lengths: Tensor  # [count]
+    dense: bool  # the step's first `count` tokens, in the order of the block and without holes
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
@@ -232,16 +235,14 @@ def _attend_to_cache(
     q: Tensor, keys: Tensor, values: Tensor, plan: PackedPlan, scaling: float | None, window: int | None
 ) -> Tensor:
     """Sampling: each sequence attends to its slot of `keys`/`values` [slots, H_kv, length, d]."""
-    out = q.new_empty(*q.shape[:2], values.shape[-1])
     together = plan.decoding
     if together is not None:
-        block = slice(together.first, together.first + together.count)
-        k, v = keys[block, :, : together.width], values[block, :, : together.width]
-        q_block = q.new_zeros(together.count, *q[:, 0].shape)
-        q_block[together.places] = q[:, together.tokens].transpose(0, 1)
-        grouped = q_block.unflatten(1, (keys.shape[1], -1))  # heads that share keys are stacked as queries
-        attended = scaled_dot_product_attention(grouped, k, v, attn_mask=together.mask(window), scale=scaling)
-        out[:, together.tokens] = attended.flatten(1, 2)[together.places].transpose(0, 1)
+        decoded = _attend_block(q, keys, values, together, scaling, window)
+        if len(together.members) == len(plan.lengths) and together.dense:
+            return decoded
+    out = q.new_empty(*q.shape[:2], values.shape[-1])
+    if together is not None:
+        out[:, together.tokens] = decoded
     for i, (start, length, past, slot) in enumerate(
         zip(plan.starts, plan.lengths, plan.past, plan.slots, strict=True)
     ):
@@ -254,6 +255,23 @@ def _attend_to_cache(
             part, keys[slot, :, seen], values[slot, :, seen], scaling, window
         )
     return out
+
+
+def _attend_block(
+    q: Tensor, keys: Tensor, values: Tensor, block: Decoding, scaling: float | None, window: int | None
+) -> Tensor:
+    """The rows that add one token each, in one call over their neighbouring slots. [H, R, d]"""
+    slots = slice(block.first, block.first + block.count)
+    k, v = keys[slots, :, : block.width], values[slots, :, : block.width]
+    if block.dense:
+        q_block = q[:, : block.count].transpose(0, 1)
+    else:
+        q_block = q.new_zeros(block.count, *q[:, 0].shape)
+        q_block[block.places] = q[:, block.tokens].transpose(0, 1)
+    grouped = q_block.unflatten(1, (keys.shape[1], -1))  # heads that share keys are stacked as queries
+    out = scaled_dot_product_attention(grouped, k, v, attn_mask=block.mask(window), scale=scaling)
+    out = out.flatten(1, 2)
+    return (out if block.dense else out[block.places]).transpose(0, 1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:

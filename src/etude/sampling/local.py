@@ -20,12 +20,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from psutil import virtual_memory
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
+from etude.models.prepacked import PrepackedLinears
 from etude.sampling.backends import Feed, choose_backend
 from etude.sampling.draw import draw
 from etude.sampling.session import LocalSession, Turn
@@ -45,6 +47,8 @@ class LocalSampler:
         max_length: tokens a session can hold; the model's own limit by default.
         prefill_tokens: prompt tokens fed per step at most, which bounds the memory of a step.
         autocast: the trainer's autocast, so that both compute in the same precision.
+        prepack: keep the linear layers' weights once more, in the layout in which small steps on a CPU run
+            up to three times as fast; None does so where that takes at most a quarter of the free memory.
 
     Memory is bounded by `slots` × `max_length` keys and values; slots grow by doubling up to that.
     """
@@ -58,6 +62,7 @@ class LocalSampler:
         max_length: int | None = None,
         prefill_tokens: int = 4096,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        prepack: bool | None = None,
     ) -> None:
         if slots < 1 or prefill_tokens < 1:
             raise CacheBudgetError(
@@ -76,6 +81,7 @@ class LocalSampler:
         self._fingerprint = self._weights()
         self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
         self._backend = choose_backend(self.model, slots, self.max_length)
+        self._linears = _prepacked(self.model, prepack)
         self._slots = Slots(slots)
         self._waiting: deque[Turn] = deque()
         self._running: list[Turn] = []
@@ -97,6 +103,8 @@ class LocalSampler:
         """
         self._fingerprint = self._weights()
         self.policy_version += 1
+        if self._linears is not None:
+            self._linears.forget()
         for session in self._slots.holders.values():
             session.cached = 0
 
@@ -167,7 +175,7 @@ class LocalSampler:
         feeds, turns = self._schedule()
         if not feeds:
             return
-        with self.autocast():
+        with self.autocast(), nullcontext() if self._linears is None else self._linears.active():
             logits = self._backend.logits(feeds)
         for feed, turn in zip(feeds, turns, strict=True):
             turn.session.cached += len(feed.token_ids)
@@ -193,7 +201,9 @@ class LocalSampler:
             if pending:
                 feeds.append(Feed(session.slot, session.cached, pending))
                 turns.append(turn)
-        return feeds, turns
+        # Rows that decode first and by slot: in this order they are one block of the cache as they stand.
+        order = sorted(range(len(feeds)), key=lambda i: (len(feeds[i].token_ids) > 1, feeds[i].slot))
+        return [feeds[i] for i in order], [turns[i] for i in order]
 
     def _copy_prefix(self, session: LocalSession) -> bool:
         """Take the shared beginning from its holder's slot; False while the holder is still being fed it."""
@@ -243,6 +253,17 @@ class LocalSampler:
             else:
                 self._running.append(turn)
         self._waiting = still_waiting
+        if not self._waiting:
+            self._close_up()
+
+    def _close_up(self) -> None:
+        """Nobody waits for the slots that became free: fill them from above, so that steps read no holes."""
+        while (hole := self._slots.hole()) is not None:
+            session, target = hole
+            assert session.slot is not None
+            if not self._backend.copy(session.slot, target, session.cached):
+                return
+            self._slots.move(session, target)
 
     def _withdraw(self, turn: Turn) -> None:
         """A turn that nobody waits for any more leaves, and its session with it."""
@@ -268,3 +289,12 @@ class LocalSampler:
                 self._token_texts = token_texts(self.tokenizer)
             self._stops[strings] = StopStrings(self.tokenizer, strings, self._token_texts)
         return self._stops[strings]
+
+
+def _prepacked(model: nn.Module, wanted: bool | None) -> PrepackedLinears | None:
+    if wanted is False:
+        return None
+    linears = PrepackedLinears(model)
+    if linears.nbytes == 0 or (wanted is None and linears.nbytes > virtual_memory().available / 4):
+        return None
+    return linears

@@ -53,6 +53,20 @@ class Slots:
             self._prefixes.remove(session)
         session.slot, session.cached, session.source = None, 0, None
 
+    def hole(self) -> tuple[LocalSession, int] | None:
+        """The session in the highest slot and a lower one that is free, which `move` would take it to."""
+        if not self._free or not self.holders or self._free[0] > max(self.holders):
+            return None
+        return self.holders[max(self.holders)], self._free[0]
+
+    def move(self, session: LocalSession, target: int) -> None:
+        """Hold the free slot `target` instead; the caller has copied what was in the old one."""
+        assert session.slot is not None
+        assert target == self._free[0]
+        heapq.heapreplace(self._free, session.slot)
+        self.holders[target] = self.holders.pop(session.slot)
+        session.slot = target
+
     def _evict(self, step: int, patience: int) -> None:
         idle = [
             holder
