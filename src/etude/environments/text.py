@@ -219,14 +219,15 @@ class TextEnvironment(Lockstep):
     async def _turn(self, episode: Episode, session: Session, limit: int) -> None:
         """One model turn and, if it calls one, its tool's answer."""
         room = limit - len(episode)
-        if room < 1:
+        if room <= len(self.params.forced_prefix):  # nothing could be sampled
             episode.stop = StopReason.MAX_TOKENS
             return
         started = time.monotonic()
         params = replace(self.params, max_new_tokens=min(self.params.max_new_tokens, room))
         sampled = await session.sample(episode.unseen, params)
         _count(episode, "sample", started)
-        episode.append(sampled.segment())
+        for segment in sampled.segments():
+            episode.append(segment)
         parsed = self.protocol.parse(sampled.text)
         episode.stop = self._stop_after_model(episode, sampled, parsed, limit)
         if episode.stop is None:
