@@ -66,7 +66,8 @@ class TextEnvironment(Lockstep):
             `max_tool_reponse`); None for no limit.
         max_length: tokens of an episode at most; the model's own limit by default.
         generation_kwargs: `max_new_tokens` (per turn), `temperature`, `top_k`, …; sampling, unless
-            `do_sample=False`. The mapping is not changed.
+            `do_sample=False`. Every turn begins with `forced_prefix`, whose tokens are not sampled: their
+            mask is 0. The mapping is not changed.
         rewards: general rewards, `f(prompts, completions, **columns)` or `Reward`s, alone or in a list.
         max_tool_response_tokens: the same limit in tokens.
         max_tool_calls: per episode at most; a further call ends it.

@@ -23,8 +23,8 @@ from torch import Tensor
 from etude.errors import SamplerError
 from etude.types import SamplingParams
 
-# Few distributions have more tokens than this in their nucleus; where all fit, nothing else is sorted.
-_CANDIDATES = 512
+# Most nuclei have fewer tokens than the first, nearly all fewer than the second: only those are sorted.
+_CANDIDATES = (512, 16_384)
 
 
 @dataclass(slots=True)
@@ -55,6 +55,7 @@ class Row:
 
     @property
     def is_edited(self) -> bool:
+        """True where `edit` changes the row's scores."""
         params = self.params
         return bool(
             params.repetition_penalty != 1
@@ -209,22 +210,28 @@ def _top_p(scores_RV: Tensor, removable_R: Tensor) -> Tensor:
     Where equally likely tokens lie across that border, as many are kept as in `transformers`; which of
     them is left to the sort, there as here.
     """
-    if scores_RV.shape[-1] <= _CANDIDATES:
-        return _nucleus(scores_RV, removable_R, scores_RV.shape[-1])[0]
-    cut_RV, complete_R = _nucleus(scores_RV, removable_R, _CANDIDATES)
-    wide = (~complete_R).nonzero()[:, 0].tolist()
-    if wide:
-        cut_RV[wide] = _nucleus(scores_RV[wide], removable_R[wide], scores_RV.shape[-1])[0]
+    vocabulary = scores_RV.shape[-1]
+    first, *wider = (*(size for size in _CANDIDATES if size < vocabulary), vocabulary)
+    cut_RV, complete_R = _nucleus(scores_RV, removable_R, first)
+    for size in wider:
+        wide = (~complete_R).nonzero()[:, 0]
+        if not len(wide):
+            break
+        cut_RV[wide], complete_R[wide] = _nucleus(scores_RV[wide], removable_R[wide], size)
     return cut_RV
 
 
 def _nucleus(scores_RV: Tensor, removable_R: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Top-p among the `size` most likely tokens (C), and whether the nucleus ends among them, per row."""
-    scores_RC, ids_RC = (part.flip(-1) for part in scores_RV.topk(size))
-    probs_RV = scores_RV.softmax(-1)
-    probs_RC = probs_RV.gather(-1, ids_RC)
-    rest_R1 = probs_RV.scatter_(-1, ids_RC, 0.0).sum(-1, keepdim=True)
-    removed_RC = rest_R1 + probs_RC.cumsum(-1) <= removable_R[:, None]
+    if size == scores_RV.shape[-1]:
+        scores_RC, ids_RC = scores_RV.sort(-1)
+        mass_RC = scores_RC.softmax(-1).cumsum(-1)
+    else:
+        scores_RC, ids_RC = (part.flip(-1) for part in scores_RV.topk(size))
+        probs_RV = scores_RV.softmax(-1)
+        probs_RC = probs_RV.gather(-1, ids_RC)
+        mass_RC = probs_RV.scatter_(-1, ids_RC, 0.0).sum(-1, keepdim=True) + probs_RC.cumsum(-1)
+    removed_RC = mass_RC <= removable_R[:, None]
     removed_RC[:, -1] = False
     least_R = scores_RC.masked_fill(removed_RC, torch.inf).amin(-1)
     cut_RC = scores_RC.masked_fill(removed_RC, -torch.inf)
