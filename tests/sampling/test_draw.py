@@ -1,12 +1,10 @@
-"""The draw: distributions, streams, and cuts against `transformers`' own warpers."""
+"""The draw: distributions, streams, rows in one batch, and rows from which nothing can be drawn."""
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from etude.sampling.draw import Row, draw, mix, uniform
 from etude.types import SamplingParams
@@ -41,29 +39,6 @@ def test_a_token_without_mass_is_never_drawn(seed, position, temperature):
     assert token in (1, 3)
 
 
-@given(
-    st.integers(0, 10_000),
-    st.integers(0, 12),
-    st.floats(0.05, 1.0),
-    st.sampled_from([0.6, 1.0, 1.3]),
-    st.sampled_from([0.0, 0.05, 0.3]),
-)
-def test_cuts_equal_the_warpers_of_transformers(seed, top_k, top_p, temperature, min_p):
-    logits = torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
-    drawn = draw(logits, [row(params, seed)])
-    scores = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    if min_p:
-        scores = MinPLogitsWarper(min_p)(None, scores)
-    token = drawn.token_ids[0]
-    assert drawn.sampling_logprobs[0] == pytest.approx(scores.log_softmax(-1)[0, token].item())
-    assert drawn.logprobs[0] == pytest.approx((logits / temperature).log_softmax(-1)[0, token].item())
-
-
 def test_rows_with_different_parameters_share_a_batch():
     logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(1))
     params = [
@@ -83,3 +58,27 @@ def test_rows_with_different_parameters_share_a_batch():
     assert together.token_ids[3] != best[3]
     assert together.token_ids[4] == 5
     assert together.sampling_logprobs[2] == 0.0
+
+
+def test_rows_without_a_distribution_fail_alone():
+    logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(2))
+    logits[1, 4] = torch.nan
+    logits[2] = -torch.inf
+    logits[3, 7] = torch.inf
+    empty = SamplingParams(processors=(lambda ids, scores: scores - torch.inf,))
+    ended = SamplingParams(allowed_token_ids=(3,), eos_token_ids=(3,), min_new_tokens=1, temperature=0)
+    params = [
+        SamplingParams(),
+        SamplingParams(),
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        empty,
+        ended,
+    ]
+    drawn = draw(logits, [row(p, seed=i) for i, p in enumerate(params)])
+    assert sorted(drawn.failures) == [1, 2, 3, 4, 5]
+    assert all("model's logits" in str(drawn.failures[i]) for i in (1, 2, 3))
+    assert "after the logits processor <lambda> the scores" in str(drawn.failures[4])
+    assert "after allowed_token_ids, min_new_tokens the scores" in str(drawn.failures[5])
+    alone = draw(logits[:1], [row(params[0])])
+    assert (drawn.token_ids[0], drawn.logprobs[0]) == (alone.token_ids[0], alone.logprobs[0])

@@ -357,12 +357,22 @@ def test_bad_requests_say_what_to_do(llama, tokenizer):
 
 
 def test_a_failing_step_reaches_every_turn(llama, tokenizer):
-    def broken(ids, scores):
-        raise ZeroDivisionError("in a processor")
+    def broken(module, inputs):
+        raise ZeroDivisionError("in the forward")
+
+    async def outcomes():
+        sessions = [sampler.session(seed=i) for i in range(3)]
+        turns = (session.sample([i + 1], SamplingParams()) for i, session in enumerate(sessions))
+        return await asyncio.gather(*turns, return_exceptions=True)
 
     sampler = LocalSampler(llama, tokenizer, slots=2)
-    with pytest.raises(SamplerError, match="in a processor"):
-        run_sync(sample_all(sampler, [[1], [2], [3]], SamplingParams(processors=(broken,))))
+    hook = llama.lm_head.register_forward_pre_hook(broken)
+    try:
+        errors = run_sync(outcomes())
+    finally:
+        hook.remove()
+    assert [type(error) for error in errors] == [SamplerError] * 3
+    assert all("in the forward" in str(error) for error in errors)
     assert run_sync(sample_all(sampler, [[1]], SamplingParams(max_new_tokens=2)))[0].token_ids
 
 

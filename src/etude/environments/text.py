@@ -66,7 +66,8 @@ class TextEnvironment(Lockstep):
             `max_tool_reponse`); None for no limit.
         max_length: tokens of an episode at most; the model's own limit by default.
         generation_kwargs: `max_new_tokens` (per turn), `temperature`, `top_k`, …; sampling, unless
-            `do_sample=False`. The mapping is not changed.
+            `do_sample=False`. Every turn begins with `forced_prefix`, whose tokens are not sampled: their
+            mask is 0. The mapping is not changed.
         rewards: general rewards, `f(prompts, completions, **columns)` or `Reward`s, alone or in a list.
         max_tool_response_tokens: the same limit in tokens.
         max_tool_calls: per episode at most; a further call ends it.
@@ -219,14 +220,15 @@ class TextEnvironment(Lockstep):
     async def _turn(self, episode: Episode, session: Session, limit: int) -> None:
         """One model turn and, if it calls one, its tool's answer."""
         room = limit - len(episode)
-        if room < 1:
+        if room <= len(self.params.forced_prefix):  # nothing could be sampled
             episode.stop = StopReason.MAX_TOKENS
             return
         started = time.monotonic()
         params = replace(self.params, max_new_tokens=min(self.params.max_new_tokens, room))
         sampled = await session.sample(episode.unseen, params)
         _count(episode, "sample", started)
-        episode.append(sampled.segment())
+        for segment in sampled.segments():
+            episode.append(segment)
         parsed = self.protocol.parse(sampled.text)
         episode.stop = self._stop_after_model(episode, sampled, parsed, limit)
         if episode.stop is None:

@@ -18,6 +18,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from os.path import commonprefix
 
 import torch
 from psutil import virtual_memory
@@ -123,7 +124,7 @@ class LocalSampler:
         if session.closed or session.busy:
             state = "closed" if session.closed else "already sampling a turn"
             raise SamplerError(f"this session is {state}; open a new one with sampler.session(seed=…)")
-        total = len(session.token_ids) + len(token_ids)
+        total = len(session.token_ids) + len(token_ids) + len(params.forced_prefix)
         if total == 0:
             raise SamplerError(
                 "nothing to continue: a session needs at least one token before its first turn"
@@ -134,11 +135,17 @@ class LocalSampler:
                 f"the session has {total} tokens and the sampler holds {self.max_length} per session; "
                 "shorten the prompt, or raise max_length up to the model's own limit"
             )
+        if params.forced_prefix:
+            self._check_forced(max(params.forced_prefix))
         session.token_ids.extend(token_ids)
         stop = self._stop_strings(params.stop) if params.stop else None
         future = asyncio.get_running_loop().create_future()
-        limit = min(params.max_new_tokens, room)
+        limit = min(params.max_new_tokens, len(params.forced_prefix) + room)
         turn = Turn(session, params, limit, stop, future)
+        if finish := turn.force():
+            turn.version = self.policy_version
+            self._finish(turn, finish)
+            return future.result()
         session.busy = True
         self._waiting.append(turn)
         if self._pump is None or self._pump.done():
@@ -149,6 +156,13 @@ class LocalSampler:
             session.busy = False
             if not future.done() or future.cancelled():
                 self._withdraw(turn)
+
+    def _check_forced(self, token: int) -> None:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if token >= vocabulary:
+            raise SamplerError(
+                f"forced_prefix has token {token}; the model's vocabulary ends at {vocabulary - 1}"
+            )
 
     async def _run(self) -> None:
         """Step while there is work; yield between steps, so that finished episodes move on."""
@@ -221,11 +235,15 @@ class LocalSampler:
 
     def _draw(self, logits: torch.Tensor, turns: list[Turn]) -> None:
         drawn = draw(logits, [turn.row() for turn in turns])
-        self.tokens_sampled += len(turns)
+        self.tokens_sampled += len(turns) - len(drawn.failures)
         finished = set()
         rows = zip(turns, drawn.token_ids, drawn.logprobs, drawn.sampling_logprobs, strict=True)
-        for turn, token, logprob, sampling_logprob in rows:
-            if not turn.token_ids:
+        for i, (turn, token, logprob, sampling_logprob) in enumerate(rows):
+            if i in drawn.failures:
+                finished.add(turn)
+                self._fail_turn(turn, drawn.failures[i])
+                continue
+            if not turn.logprobs:
                 turn.version = self.policy_version
             finish = turn.extend(token, logprob, sampling_logprob)
             if finish is not None:
@@ -237,7 +255,19 @@ class LocalSampler:
     def _finish(self, turn: Turn, finish: FinishReason) -> None:
         ids = turn.token_ids[:-1] if finish == "eos" else turn.token_ids
         text = decode(self.tokenizer, ids)
-        sampled = Sampled(turn.token_ids, text, turn.logprobs, turn.sampling_logprobs, finish, turn.version)
+        # A character that forced and sampled tokens share belongs to the sampled part.
+        beginning = decode(self.tokenizer, ids[: turn.forced]) if turn.forced else ""
+        forced = commonprefix([beginning, text])  # noqa: RUF071 (of characters, as it should be)
+        sampled = Sampled(
+            turn.token_ids,
+            text,
+            turn.logprobs,
+            turn.sampling_logprobs,
+            finish,
+            turn.version,
+            forced=turn.forced,
+            forced_text=forced,
+        )
         turn.session.idle_since = self.steps
         if not turn.result.done():
             turn.result.set_result(sampled)
@@ -275,13 +305,16 @@ class LocalSampler:
 
     def _fail(self, error: BaseException) -> None:
         for turn in [*self._running, *self._waiting]:
-            if not turn.result.done():
-                failure = SamplerError(f"the sampler stopped: {error!r}")
-                failure.__cause__ = error
-                turn.result.set_exception(failure)
-            turn.session.close()
+            failure = SamplerError(f"the sampler stopped: {error!r}")
+            failure.__cause__ = error
+            self._fail_turn(turn, failure)
         self._running.clear()
         self._waiting.clear()
+
+    def _fail_turn(self, turn: Turn, failure: SamplerError) -> None:
+        if not turn.result.done():
+            turn.result.set_exception(failure)
+        turn.session.close()
 
     def _stop_strings(self, strings: tuple[str, ...]) -> StopStrings:
         if strings not in self._stops:

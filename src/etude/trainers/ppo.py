@@ -316,7 +316,9 @@ class PPOTrainer(OnlineTrainer):
             batch_size: taken for compatibility; the sampler batches by itself.
             return_prompt: put the query before each response.
             generate_ref_response: also continue with the reference policy.
-            generation_kwargs: as for `transformers`' `generate`: greedy unless `do_sample=True`.
+            generation_kwargs: as for `transformers`' `generate`: greedy unless `do_sample=True`. A
+                `forced_prefix` begins each response; for `step`, mask its tokens with 0 in
+                `response_masks`.
 
         Returns:
             A list of token ids [n] for a list of queries, [1, n] for a single one; a pair of these with
