@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from etude.errors import SamplerError
 from etude.sampling.cuts import Row, edit, edits_in_force, on_rows, warp
 
 _MASK = (1 << 64) - 1
+_BLOCK = 128  # tokens
 
 
 def mix(*words: int) -> int:
@@ -55,24 +57,17 @@ def draw(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
     if logits_RV.dtype not in (torch.float32, torch.float64):
         logits_RV = logits_RV.float()
     scaled_RV = _scale(logits_RV, rows)
-    base_RV = scaled_RV.log_softmax(-1)
     scores_RV, failures = _edited(logits_RV, scaled_RV, rows)
     scores_RV = warp(scores_RV, rows)
-    cut_RV = base_RV if scores_RV is scaled_RV else scores_RV.log_softmax(-1)
-
-    greedy = [row.params.temperature == 0 for row in rows]
-    if all(greedy):
-        tokens_R = cut_RV.argmax(-1)
-    else:
-        tokens_R = _invert(cut_RV, rows)
-        if any(greedy):
-            tokens_R = torch.where(torch.tensor(greedy, device=tokens_R.device), cut_RV.argmax(-1), tokens_R)
-    logprobs = base_RV.gather(-1, tokens_R[:, None])[:, 0].tolist()
-    sampling = logprobs if cut_RV is base_RV else cut_RV.gather(-1, tokens_R[:, None])[:, 0].tolist()
+    tokens_R1, sampling_R1 = _choose(scores_RV, rows)
+    sampling = sampling_R1[:, 0].tolist()
+    logprobs = sampling
+    if scores_RV is not scaled_RV:
+        logprobs = scaled_RV.log_softmax(-1).gather(-1, tokens_R1)[:, 0].tolist()
     for i, row in enumerate(rows):
         if sampling[i] != sampling[i]:  # NaN, and so are all of the row's: it has no distribution
             failures.setdefault(i, _undrawable(row, of_model=logprobs[i] != logprobs[i]))
-    return Drawn(tokens_R.tolist(), logprobs, sampling, failures)
+    return Drawn(tokens_R1[:, 0].tolist(), logprobs, sampling, failures)
 
 
 def _scale(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -97,15 +92,52 @@ def _edited(
     return scores_RV, {which[i]: failure for i, failure in failures.items()}
 
 
-def _invert(logprobs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """The first token whose cumulative probability exceeds the row's random number."""
-    cdf_RV = logprobs_RV.exp().cumsum(-1)
-    u_R = cdf_RV.new_tensor([uniform(row.seed, row.position) for row in rows])
-    total_R = cdf_RV[:, -1]
-    # Strictly below the total, so that rounding can't step past the last token that has any mass.
-    threshold_R = torch.minimum(u_R * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
-    tokens_R = torch.searchsorted(cdf_RV, threshold_R[:, None], right=True)[:, 0]
-    return tokens_R.clamp(max=logprobs_RV.shape[-1] - 1)  # a row of NaN is searched to its end
+def _choose(scores_RV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """A token per row and its log-probability, both [R, 1]."""
+    greedy = [row.params.temperature == 0 for row in rows]
+    if all(greedy):
+        tokens_R1 = scores_RV.argmax(-1, keepdim=True)
+        return tokens_R1, scores_RV.log_softmax(-1).gather(-1, tokens_R1)
+    # Not the exponential of a log-softmax, which is slow where most of a row is -inf. What was drawn is
+    # likely enough for its probability's logarithm to be exact.
+    probs_RV = scores_RV.softmax(-1)
+    tokens_R1 = _invert(probs_RV, rows)
+    if any(greedy):
+        is_greedy_R1 = torch.tensor(greedy, device=scores_RV.device)[:, None]
+        tokens_R1 = torch.where(is_greedy_R1, scores_RV.argmax(-1, keepdim=True), tokens_R1)
+    return tokens_R1, probs_RV.gather(-1, tokens_R1).log()
+
+
+def _invert(probs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The first token whose cumulative probability exceeds the row's random number, [R, 1].
+
+    In two steps, first the block of tokens and then the token in it: only a row's sums over blocks and one
+    block of it are accumulated.
+    """
+    vocabulary = probs_RV.shape[-1]
+    if vocabulary % _BLOCK:
+        probs_RV = pad(probs_RV, (0, _BLOCK - vocabulary % _BLOCK))
+    probs_RKB = probs_RV.unflatten(-1, (-1, _BLOCK))
+    u_R1 = probs_RV.new_tensor([[uniform(row.seed, row.position)] for row in rows])
+    upto_RK = probs_RKB.sum(-1).cumsum(-1)
+    threshold_R1 = u_R1 * upto_RK[:, -1:]
+    block_R1 = _first_above(upto_RK, threshold_R1)
+    before_R1 = pad(upto_RK, (1, 0)).gather(-1, block_R1)
+    index_R1B = block_R1[:, :, None].expand(-1, -1, _BLOCK)
+    within_RB = probs_RKB.gather(1, index_R1B)[:, 0].cumsum(-1)
+    return (block_R1 * _BLOCK + _first_above(within_RB, threshold_R1 - before_R1)).clamp(max=vocabulary - 1)
+
+
+def _first_above(upto_RN: Tensor, threshold_R1: Tensor) -> Tensor:
+    """Where a running sum first exceeds a threshold, [R, 1].
+
+    The threshold is kept strictly below the total, so that rounding can't step past the last token that
+    has any mass. A row of NaN is searched to its end.
+    """
+    total_R1 = upto_RN[:, -1:]
+    below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
+    first_R1 = torch.searchsorted(upto_RN, torch.minimum(threshold_R1, below_R1), right=True)
+    return first_R1.clamp(max=upto_RN.shape[-1] - 1)
 
 
 def _undrawable(row: Row, *, of_model: bool) -> SamplerError:
