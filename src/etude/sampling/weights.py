@@ -62,10 +62,13 @@ class WeightWatch:
         )
 
 
-def _adapter_state(adapter: Any) -> tuple[Any, ...]:
-    active = adapter._active_adapter
-    switched = adapter._disable_adapters, active if isinstance(active, str) else tuple(active)
-    if not isinstance(adapter, BaseTunerLayer):
-        return switched
-    scaling = getattr(adapter, "scaling", None)
-    return *switched, tuple(adapter.merged_adapters), dict(scaling) if isinstance(scaling, dict) else None
+def _adapter_state(adapter: Any) -> list[Any]:
+    """Copies: peft writes into its lists and mappings."""
+    own = vars(adapter)
+    active, scaling = own.get("_active_adapter", ""), own.get("scaling")
+    return [
+        own.get("_disable_adapters"),
+        active if isinstance(active, str) else [*active],
+        [*own.get("merged_adapters", ())],
+        {**scaling} if isinstance(scaling, dict) else scaling,
+    ]
