@@ -271,7 +271,7 @@ async def play(sampler, model, weights, happening):
 # The families share the draws out: each is one way of computing, and the schedule is the same for all.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", MAKE)
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(happening=happenings())
 def test_any_interleaving_gives_the_tokens_of_one_by_one(family, dtype, happening):
     model, weights, still, moving = setting(family, dtype)

@@ -75,7 +75,14 @@ def queries_of(lengths):
 
 @pytest.mark.parametrize(
     ("text", "amount"),
-    [(4096, 4096), ("4096", 4096), ("2GiB", 2 << 30), ("1.5 kib", 1536), ("2GB", 2 * 10**9), ("3 MB", 3_000_000)],
+    [
+        (4096, 4096),
+        ("4096", 4096),
+        ("2GiB", 2 << 30),
+        ("1.5 kib", 1536),
+        ("2GB", 2 * 10**9),
+        ("3 MB", 3_000_000),
+    ],
 )
 def test_sizes_are_read(text, amount):
     assert parse_size(text) == amount
@@ -117,7 +124,9 @@ def test_slots_grow_within_the_budget(slots, max_length, cost, extra, needs):
 
 
 def test_a_budget_below_one_session_says_what_it_needs():
-    with pytest.raises(CacheBudgetError, match=r"1,000 tokens needs .* \(110,000 bytes\).*999 tokens or less"):
+    with pytest.raises(
+        CacheBudgetError, match=r"1,000 tokens needs .* \(110,000 bytes\).*999 tokens or less"
+    ):
         CacheLimits(4, 1000, CacheCost(100, 10), budget=109_999)
 
 
@@ -259,7 +268,9 @@ def test_what_idles_goes_before_what_runs():
 
 def test_a_budget_that_holds_no_session_is_refused_at_once():
     model = build("llama", torch.float32)
-    with pytest.raises(CacheBudgetError, match=r"one session of 1,024 tokens needs 320 KiB .*raise cache_bytes"):
+    with pytest.raises(
+        CacheBudgetError, match=r"one session of 1,024 tokens needs 320 KiB .*raise cache_bytes"
+    ):
         LocalSampler(model, Mute(), cache_bytes="200KiB")
     sampler = LocalSampler(model, Mute(), cache_bytes="200KiB", max_length=600)
     assert sampler.limits.slots_at(600) == 1

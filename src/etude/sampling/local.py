@@ -197,7 +197,7 @@ class LocalSampler:
     @torch.no_grad()
     def _step(self) -> None:
         """Feed every running row what it has not seen, draw a token for those that have seen all."""
-        if self._weights.changed():
+        if self._weights.changed(closely=bool(self._waiting)):
             self.weights_changed()
         self._admit()
         feeds, turns = self._schedule()

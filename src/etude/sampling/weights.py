@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -19,47 +20,68 @@ from torch.multiprocessing.reductions import StorageWeakRef
 class WeightWatch:
     """Says whether a model's weights have changed since it was last asked.
 
-        with watch:                  # a series of looks, between which no module is replaced
+        with watch:                  # a series of looks: what there is to look at is listed once
             if watch.changed(): …
 
-    Between the series it holds no parameter, so that replaced weights don't stay in memory.
+    Between the series it holds no weights, so that replaced ones don't stay in memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._parameters: list[nn.Parameter] | None = None
-        self._adapters: list[Any] = []
-        self._storages: list[StorageWeakRef] = []
+        self._watching = False
         self._seen: object = None
+        self._storages: list[StorageWeakRef] = []  # of the weights seen last, between the series
+        self._children: list[dict[str, nn.Module | None]] = []
+        self._tree: list[nn.Module | None] = []
+        self._parameters: list[dict[str, nn.Parameter | None]] = []
+        self._adapters: list[Any] = []
+        self._held: list[torch.UntypedStorage] = []  # while it is held, nothing else gets its address
         self.changed()
 
     def __enter__(self) -> WeightWatch:
-        self._parameters = list(self.model.parameters())
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        self._adapters = [module for module in self.model.modules() if isinstance(module, kinds)]
+        self._watching = True
+        self._list()
         if any(storage.expired() for storage in self._storages):
-            self._seen = None  # the address of a tensor that is gone may be another's by now
+            self._seen = None  # what is gone may have left its address to something new
+        self._held = self._in_use()
         return self
 
     def __exit__(self, *error: object) -> None:
-        assert self._parameters is not None
-        self._storages = [StorageWeakRef(parameter.untyped_storage()) for parameter in self._parameters]
-        self._parameters, self._adapters = None, []
+        self._watching = False
+        self._storages = [StorageWeakRef(storage) for storage in self._held]
+        self._children, self._tree, self._parameters, self._adapters, self._held = [], [], [], [], []
 
-    def changed(self) -> bool:
-        if self._parameters is None:
+    def changed(self, closely: bool = True) -> bool:
+        """Look once; also for modules that come, go or are replaced, if `closely`."""
+        if not self._watching:
             with self:
                 return self.changed()
+        if closely and self._submodules() != self._tree:
+            self._list()
         before, self._seen = self._seen, self._state()
-        return self._seen != before
+        if self._seen == before:
+            return False
+        self._held = self._in_use()
+        return True
+
+    def _list(self) -> None:
+        modules = list(self.model.modules())
+        self._children = [module._modules for module in modules if module._modules]
+        self._tree = self._submodules()
+        self._parameters = [module._parameters for module in modules if module._parameters]
+        self._adapters = [m for m in modules if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+    def _submodules(self) -> list[nn.Module | None]:
+        return [child for children in self._children for child in children.values()]
+
+    def _in_use(self) -> list[torch.UntypedStorage]:
+        return [p.untyped_storage() for own in self._parameters for p in own.values() if p is not None]
 
     def _state(self) -> object:
-        assert self._parameters is not None
-        return (
-            [parameter._version for parameter in self._parameters],
-            [parameter.data_ptr() for parameter in self._parameters],
-            [_adapter_state(adapter) for adapter in self._adapters],
-        )
+        weights = [
+            (p._version, p.data_ptr()) for own in self._parameters for p in own.values() if p is not None
+        ]
+        return weights, [_adapter_state(adapter) for adapter in self._adapters]
 
 
 def _adapter_state(adapter: Any) -> list[Any]:
