@@ -115,6 +115,8 @@ class OnlineTrainer(ABC):
             enabled=self.accelerator.is_main_process and not self.config.disable_progress,
         )
         display.message(self.sampler.describe())
+        if self.accelerator.is_main_process:
+            run.update_summary({"sampler": self.sampler.limits.describe()})
         if self.current_step == 0:
             self._measure("before", self.test_rows, run)
         try:
