@@ -5,6 +5,7 @@ import contextlib
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,6 +15,7 @@ from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.runtime.loop import run_sync
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
+from etude.sampling.weights import WeightWatch
 from etude.types import SamplingParams
 
 VOCAB = 59
@@ -177,6 +179,21 @@ def test_looking_at_a_model_is_no_change():
         pass
     sampled(sampler)
     assert sampler.policy_version == 0
+
+
+def test_new_weights_at_the_old_address_are_noticed():
+    """As an allocator gives it out again."""
+    layer, place = torch.nn.Linear(3, 2, bias=False), np.ones((2, 3), dtype=np.float32)
+    layer.weight.data = torch.from_numpy(place)
+    address = layer.weight.data_ptr()
+    watch = WeightWatch(layer)
+    assert not watch.changed()
+    layer.weight.data = torch.zeros(2, 3)
+    place[:] = 2
+    layer.weight.data = torch.from_numpy(place)
+    assert layer.weight.data_ptr() == address
+    assert watch.changed()
+    assert not watch.changed()
 
 
 def test_what_torch_does_not_count_can_be_said():
