@@ -4,8 +4,6 @@ import asyncio
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -147,51 +145,6 @@ def test_turns_continue_from_the_cache(llama, tokenizer):
     history = [1, 2, 3, *first, 9, 8]
     assert second == generate(llama, history, 6)
     assert fed == 3 + 5, "the last sampled token, two new ones, and five of the turn: the rest was kept"
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    slots=st.integers(1, 5),
-    prefill=st.integers(1, 9),
-    delays=st.lists(st.integers(0, 4), min_size=6, max_size=6),
-    turns=st.lists(st.integers(1, 3), min_size=6, max_size=6),
-    refresh=st.integers(0, 12),
-    shared=st.sampled_from([0, 17, 40]),
-)
-def test_any_interleaving_gives_the_tokens_of_one_by_one(
-    llama, tokenizer, slots, prefill, delays, turns, refresh, shared
-):
-    queries = [[*range(shared), *query] for query in prompts(6)]
-    params = SamplingParams(max_new_tokens=5, temperature=1.0, eos_token_ids=(3, 4))
-
-    async def episode(sampler, index, ids, ticks):
-        session, out = sampler.session(seed=100 + index), []
-        for turn in range(turns[index]):
-            out.append((await session.sample(ids if turn == 0 else [index, turn], params)).token_ids)
-            for _ in range(ticks):
-                await asyncio.sleep(0)
-        session.close()
-        return out
-
-    async def together():
-        sampler = LocalSampler(llama, tokenizer, slots=slots, prefill_tokens=prefill)
-
-        async def refresher():
-            for _ in range(refresh):
-                await asyncio.sleep(0)
-            sampler.weights_changed()
-
-        *outs, _ = await asyncio.gather(
-            *(episode(sampler, i, ids, delays[i]) for i, ids in enumerate(queries)), refresher()
-        )
-        assert sampler._slots.free == slots, "every slot came back"
-        return outs
-
-    async def one_by_one():
-        sampler = LocalSampler(llama, tokenizer, slots=1)
-        return [await episode(sampler, i, ids, 0) for i, ids in enumerate(queries)]
-
-    assert run_sync(together()) == run_sync(one_by_one())
 
 
 def test_shared_beginnings_are_computed_once(llama, tokenizer):
@@ -387,6 +340,23 @@ def test_a_cancelled_turn_leaves(llama, tokenizer):
         return await sampler.session(seed=1).sample([3], SamplingParams(max_new_tokens=2))
 
     assert len(run_sync(play()).token_ids) == 2
+
+
+def test_a_session_closed_in_mid_turn_fails_its_turn_only(llama, tokenizer):
+    sampler = LocalSampler(llama, tokenizer, slots=2)
+    params = SamplingParams(max_new_tokens=30)
+
+    async def play():
+        closed = sampler.session(seed=0)
+        turns = [asyncio.create_task(s.sample([1, 2], params)) for s in (closed, sampler.session(seed=1))]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        closed.close()
+        with pytest.raises(SamplerError, match="closed while it sampled"):
+            await turns[0]
+        return await turns[1]
+
+    assert len(run_sync(play()).token_ids) == 30
 
 
 def test_run_sync_inside_a_running_loop(llama, tokenizer):

@@ -75,7 +75,8 @@ class TextEnvironment(Lockstep):
         max_seconds: wall time of an episode, after which it is interrupted; None for no limit.
         protocol: how calls are written; TRL's tags by default.
         sampler: a sampler to use instead of a local one over `model`.
-        slots: episodes that the local sampler decodes at once.
+        slots: episodes that the local sampler decodes at once, at most.
+        cache_bytes: what its keys and values may take, such as "2GiB"; half of the free memory by default.
         seed: of the episodes' random streams; `set_seed` decides it by default.
     """
 
@@ -100,6 +101,7 @@ class TextEnvironment(Lockstep):
         protocol: ToolProtocol | None = None,
         sampler: Sampler | None = None,
         slots: int = 32,
+        cache_bytes: int | str | None = None,
         seed: int | None = None,
     ) -> None:
         if tokenizer is None:
@@ -128,6 +130,7 @@ class TextEnvironment(Lockstep):
         self.generation_kwargs = dict(generation_kwargs or {})
         self.params = sampling_params(self.generation_kwargs, tokenizer, stop=self.protocol.stop)
         self.slots = slots
+        self.cache_bytes = cache_bytes
         self.seed = torch.initial_seed() if seed is None else seed
         self._sampler = sampler
         self._episodes_played = 0
@@ -288,7 +291,13 @@ class TextEnvironment(Lockstep):
         if self._sampler is None:
             if self.model is None:
                 raise EnvironmentSetupError("this environment has no model and no sampler; pass one of them")
-            self._sampler = LocalSampler(self.model, self.tokenizer, slots=self.slots)
+            self._sampler = LocalSampler(
+                self.model,
+                self.tokenizer,
+                slots=self.slots,
+                max_length=self.max_length,
+                cache_bytes=self.cache_bytes,
+            )
         return self._sampler
 
     @property

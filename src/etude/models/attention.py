@@ -38,8 +38,8 @@ _UNSERVED = ("softcap", "s_aux", "position_bias")
 class SlotCache:
     """Preallocated keys and values: one slot per sequence, for each layer [slots, heads, length, dim].
 
-    Layers allocate when they are first written, since only then are their shapes known. `reserve` makes
-    every slot longer; it copies, so callers grow in large steps.
+    Layers allocate when they are first written, since only then are their shapes known. `resize` copies,
+    so callers grow in large steps.
     """
 
     def __init__(self, slots: int, length: int) -> None:
@@ -47,12 +47,20 @@ class SlotCache:
         self.length = length
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def reserve(self, length: int) -> None:
-        if length <= self.length:
-            return
-        for index, layer in self.layers.items():
-            self.layers[index] = tuple(self._grown(tensor, length) for tensor in layer)  # type: ignore[assignment]
-        self.length = length
+    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
+        """Have `slots` slots of `length` tokens; slot i goes on with what slot `kept[i]` held.
+
+        Tensor by tensor, each given up before the next is copied: beside the cache itself, as it was or as
+        it becomes, there is never more than one of its tensors.
+        """
+        if not kept:
+            self.layers.clear()
+        for index in self.layers:
+            for part in (0, 1):
+                keys_values = list(self.layers[index])
+                keys_values[part] = self._resized(keys_values[part], slots, length, kept)
+                self.layers[index] = (keys_values[0], keys_values[1])
+        self.slots, self.length = slots, length
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots_T: Tensor, positions_T: Tensor) -> None:
         """Write `key` and `value` [heads, T, dim] at (slot, position) of each of the T tokens."""
@@ -75,10 +83,12 @@ class SlotCache:
     def _empty(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.slots, like.shape[0], self.length, like.shape[-1])
 
-    def _grown(self, tensor: Tensor, length: int) -> Tensor:
-        grown = tensor.new_zeros(tensor.shape[0], tensor.shape[1], length, tensor.shape[3])
-        grown[:, :, : self.length] = tensor
-        return grown
+    def _resized(self, tensor: Tensor, slots: int, length: int, kept: Sequence[int]) -> Tensor:
+        resized = tensor.new_zeros(slots, tensor.shape[1], length, tensor.shape[3])
+        both = min(length, self.length)
+        for new, old in enumerate(kept):
+            resized[new, :, :both] = tensor[old, :, :both]
+        return resized
 
 
 @dataclass

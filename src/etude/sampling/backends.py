@@ -1,7 +1,8 @@
 """How the engine gets logits out of a model: packed, for almost every family, or row by row.
 
-A backend owns the key–value cache of a number of slots. The engine tells it which tokens follow in which
-slots and gets the logits after the last of them. `choose_backend` asks the model which one is right.
+A backend owns the key–value cache of a number of slots. The engine tells it how many and how long they are,
+which tokens follow in which slots, and gets the logits after the last of them. `choose_backend` asks the
+model which one is right.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from etude.models.attention import PackedPlan, SlotCache, packed_inputs, supports_packing
+from etude.sampling.memory import CacheCost
 
 
 @dataclass(slots=True)
@@ -25,6 +28,11 @@ class Feed:
     slot: int
     past: int
     token_ids: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        """Tokens in the slot afterwards."""
+        return self.past + len(self.token_ids)
 
 
 class Backend(Protocol):
@@ -36,6 +44,14 @@ class Backend(Protocol):
         """Copy the first `length` tokens' keys and values between slots; False if that can't be done."""
         ...
 
+    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
+        """Have `slots` slots of `length` tokens; slot i goes on with what slot `kept[i]` held."""
+        ...
+
+    def measure(self) -> CacheCost:
+        """What the cache takes, found by feeding the model a few tokens."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes the cache holds now."""
@@ -45,16 +61,12 @@ class Backend(Protocol):
 class PackedBackend:
     """One flat step for all rows, prompts and single tokens alike, over a preallocated cache."""
 
-    def __init__(self, model: PreTrainedModel, slots: int, max_length: int, first_length: int = 256) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.max_length = max_length
-        self.cache = SlotCache(slots, min(first_length, max_length))
+        self.cache = SlotCache(slots=0, length=0)
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        longest = max(feed.past + len(feed.token_ids) for feed in feeds)
-        if longest > self.cache.length:
-            self.cache.reserve(min(self.max_length, max(longest, 2 * self.cache.length)))
         plan = PackedPlan(
             lengths=[len(feed.token_ids) for feed in feeds],
             past=[feed.past for feed in feeds],
@@ -71,6 +83,16 @@ class PackedBackend:
     def copy(self, source: int, target: int, length: int) -> bool:
         self.cache.copy(source, target, length)
         return True
+
+    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
+        self.cache.resize(slots, length, kept)
+
+    def measure(self) -> CacheCost:
+        cache = SlotCache(slots=1, length=1)
+        plan = PackedPlan([1], past=[0], cache=cache, slots=[0], device=self.model.device)
+        self.model(**packed_inputs([0], plan))
+        sizes = [tensor.nbytes for layer in cache.layers.values() for tensor in layer]
+        return CacheCost(token=sum(sizes), growth=max(sizes))
 
     @property
     def nbytes(self) -> int:
@@ -101,11 +123,38 @@ class SoloBackend:
     def copy(self, source: int, target: int, length: int) -> bool:
         return False  # the caches of these models may hold more than keys and values by position
 
+    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
+        """These caches grow as they are fed; what is no longer held goes."""
+        self.caches = {new: self.caches[old] for new, old in enumerate(kept) if old in self.caches}
+
+    def measure(self) -> CacheCost:
+        """A layer with a sliding window is counted like any other: a bound from above."""
+        few, more = self._probe(2), self._probe(4)
+        token = (sum(more) - sum(few)) // 2
+        growth = max((b - a for a, b in zip(few, more, strict=True)), default=0) // 2
+        return CacheCost(token, growth, session=sum(few) - 2 * token)
+
+    def _probe(self, length: int) -> list[int]:
+        """Bytes of each tensor in the cache after so many tokens."""
+        self._row(Feed(slot=-1, past=0, token_ids=[0] * length))
+        return _sizes(self.caches.pop(-1))
+
     @property
     def nbytes(self) -> int:
-        layers = (layer for cache in self.caches.values() for layer in cache.layers)
-        return sum(x.nbytes for layer in layers for x in vars(layer).values() if isinstance(x, Tensor))
+        return sum(size for cache in self.caches.values() for size in _sizes(cache))
 
 
-def choose_backend(model: PreTrainedModel, slots: int, max_length: int) -> Backend:
-    return PackedBackend(model, slots, max_length) if supports_packing(model) else SoloBackend(model)
+def _sizes(cache: DynamicCache) -> list[int]:
+    return [x.nbytes for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor)]
+
+
+def choose_backend(model: PreTrainedModel) -> Backend:
+    return PackedBackend(model) if supports_packing(model) else SoloBackend(model)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where a model lives: on its accelerator, or in the machine's memory."""
+    if device.type in ("cuda", "xpu"):
+        free: int = torch.get_device_module(device).mem_get_info(device)[0]
+        return free
+    return int(psutil.virtual_memory().available)  # mps shares it

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os.path import commonprefix
 
 import torch
-from psutil import virtual_memory
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -29,11 +28,13 @@ from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
 from etude.models.prepacked import PrepackedLinears
-from etude.sampling.backends import Feed, choose_backend
+from etude.sampling.backends import Feed, choose_backend, free_memory
 from etude.sampling.draw import draw
+from etude.sampling.memory import CacheLimits, parse_size
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
 from etude.sampling.stop import StopStrings, token_texts
+from etude.sampling.weights import WeightWatch
 from etude.types import FinishReason, Sampled, SamplingParams
 
 
@@ -44,14 +45,23 @@ class LocalSampler:
         model: a causal language model; value-head, adapter and accelerate wrappers are looked through,
             so that it samples from the very weights that are trained.
         tokenizer: for stop strings and the text of a turn.
-        slots: turns that are decoded at once, and sessions that keep their cache.
+        slots: turns that are decoded at once, and sessions that keep their cache; at most.
         max_length: tokens a session can hold; the model's own limit by default.
+        cache_bytes: what keys and values may take, as a number or a text such as "2GiB". By default half of
+            the memory that is free now, and always enough for one session.
+        keep_cache: sessions keep keys and values that were computed before the weights changed. Faster, and
+            no longer exact: such a turn is sampled from a mixture of old and new weights.
         prefill_tokens: prompt tokens fed per step at most, which bounds the memory of a step.
         autocast: the trainer's autocast, so that both compute in the same precision.
         prepack: keep the linear layers' weights once more, in the layout in which small steps on a CPU run
             up to three times as fast; None does so where that takes at most a quarter of the free memory.
 
-    Memory is bounded by `slots` × `max_length` keys and values; slots grow by doubling up to that.
+    Keys and values never take more than `cache_bytes`, nor more than `slots` sessions of `max_length` need.
+    All slots are as long as the longest session so far needs; where the budget is short, there are fewer of
+    them the longer they get, and sessions wait, or are rebuilt, instead. `describe` says the sizes.
+
+    Raises:
+        CacheBudgetError: `cache_bytes` doesn't hold one session of `max_length` tokens.
     """
 
     def __init__(
@@ -61,6 +71,8 @@ class LocalSampler:
         *,
         slots: int = 32,
         max_length: int | None = None,
+        cache_bytes: int | str | None = None,
+        keep_cache: bool = False,
         prefill_tokens: int = 4096,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         prepack: bool | None = None,
@@ -74,49 +86,76 @@ class LocalSampler:
         self.slots = slots
         self.prefill_tokens = prefill_tokens
         self.autocast = autocast
+        self.keep_cache = keep_cache
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.max_length = min(max_length or limit, limit)
         self.policy_version = 0
-        self._parameters = list(self.model.parameters())
-        self._fingerprint = self._weights()
         self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
-        self._backend = choose_backend(self.model, slots, self.max_length)
+        self._backend = choose_backend(self.model)
         self._linears = _prepacked(self.model, prepack)
-        self._slots = Slots(slots)
+        self.limits = self._limits(cache_bytes)
+        self._slots = Slots(self.limits)
+        self._backend.resize(self._slots.count, self._slots.length, kept=[])
+        self._weights = WeightWatch(self.model)
         self._waiting: deque[Turn] = deque()
         self._running: list[Turn] = []
         self._pump: asyncio.Task[None] | None = None
         self._stops: dict[tuple[str, ...], StopStrings] = {}
         self._token_texts: list[str] | None = None
 
+    def _limits(self, cache_bytes: int | str | None) -> CacheLimits:
+        budget = None if cache_bytes is None else parse_size(cache_bytes)
+        with torch.no_grad(), self._evaluating(), self.autocast():
+            cost = self._backend.measure()
+        if budget is None:
+            budget = max(free_memory(self.model.device) // 2, cost.of_session(self.max_length))
+        return CacheLimits(self.slots, self.max_length, cost, budget)
+
+    def describe(self) -> str:
+        """The sizes in one line, for the start of a run."""
+        return f"sampler: {self.limits.describe()}"
+
     def session(self, *, seed: int) -> LocalSession:
         return LocalSession(self, seed)
 
     def release(self, session: LocalSession) -> None:
-        """Take back the session's slot, if it has one; its next turn is fed from the start."""
+        """Take back the session's slot, if it has one; a turn that is being sampled in it fails."""
+        if session.busy:
+            for turn in [turn for turn in (*self._running, *self._waiting) if turn.session is session]:
+                self._leave(turn)
+                if not turn.result.done():
+                    turn.result.set_exception(SamplerError("the session was closed while it sampled a turn"))
         self._slots.release(session)
 
     def weights_changed(self) -> None:
-        """Count a new version of the weights; no cache survives it.
+        """Count a new version of the weights. No cache survives it, except by `keep_cache`.
 
-        In-place updates, such as an optimizer's, are noticed without this call.
+        Most changes are noticed without this call, see `sampling.weights`.
         """
-        self._fingerprint = self._weights()
+        self._weights.changed()  # what has changed so far is this version
         self.policy_version += 1
         if self._linears is not None:
             self._linears.forget()
+        if self.keep_cache:
+            self._slots.forget_prefixes()  # a new session gets nothing of the old weights
+            return
         for session in self._slots.holders.values():
             session.cached = 0
 
-    def _weights(self) -> int:
-        """Changes whenever a parameter is written in place: torch counts the writes to each tensor."""
-        return sum(parameter._version for parameter in self._parameters)
-
     @property
-    def cache_bytes(self) -> int:
+    def held_bytes(self) -> int:
         """Bytes of keys and values held now."""
         return self._backend.nbytes
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
     async def _sample(
         self, session: LocalSession, token_ids: Sequence[int], params: SamplingParams
@@ -166,27 +205,26 @@ class LocalSampler:
 
     async def _run(self) -> None:
         """Step while there is work; yield between steps, so that finished episodes move on."""
-        training = self.model.training
-        self.model.eval()
-        self._parameters = list(self.model.parameters())
         try:
-            while self._waiting or self._running:
-                self._step()
-                await asyncio.sleep(0)
+            with self._evaluating(), self._weights:
+                while self._waiting or self._running:
+                    self._step()
+                    await asyncio.sleep(0)
         except BaseException as error:  # every turn that waits for this task must hear of it
             self._fail(error)
             if not isinstance(error, Exception):
                 raise
-        finally:
-            self.model.train(training)
 
     @torch.no_grad()
     def _step(self) -> None:
         """Feed every running row what it has not seen, draw a token for those that have seen all."""
-        if self._weights() != self._fingerprint:
+        if self._weights.changed(closely=bool(self._waiting)):
             self.weights_changed()
         self._admit()
         feeds, turns = self._schedule()
+        while (needed := max((feed.end for feed in feeds), default=0)) > self._slots.length:
+            self._grow(needed)
+            feeds, turns = self._schedule()
         if not feeds:
             return
         with self.autocast(), nullcontext() if self._linears is None else self._linears.active():
@@ -272,8 +310,18 @@ class LocalSampler:
         if not turn.result.done():
             turn.result.set_result(sampled)
 
+    def _grow(self, needed: int) -> None:
+        """Make slots longer. Turns whose session loses its slot by that wait, before all others."""
+        kept = self._slots.grow(needed)
+        self._backend.resize(self._slots.count, self._slots.length, kept)
+        evicted = [turn for turn in self._running if turn.session.slot is None]
+        self._running = [turn for turn in self._running if turn.session.slot is not None]
+        self._waiting.extendleft(reversed(evicted))
+
     def _admit(self) -> None:
         """Waiting turns become running ones: those whose session kept its slot, others while slots last."""
+        if self._slots.restart():
+            self._backend.resize(self._slots.count, self._slots.length, kept=[])
         still_waiting: deque[Turn] = deque()
         for turn in self._waiting:
             if turn.session.slot is None and not self._slots.take(
@@ -297,11 +345,13 @@ class LocalSampler:
 
     def _withdraw(self, turn: Turn) -> None:
         """A turn that nobody waits for any more leaves, and its session with it."""
-        if turn in self._waiting:
-            self._waiting.remove(turn)
-        if turn in self._running:
-            self._running.remove(turn)
+        self._leave(turn)
         turn.session.close()
+
+    def _leave(self, turn: Turn) -> None:
+        for turns in (self._waiting, self._running):
+            if turn in turns:
+                turns.remove(turn)
 
     def _fail(self, error: BaseException) -> None:
         for turn in [*self._running, *self._waiting]:
@@ -328,6 +378,5 @@ def _prepacked(model: nn.Module, wanted: bool | None) -> PrepackedLinears | None
     if wanted is False:
         return None
     linears = PrepackedLinears(model)
-    if linears.nbytes == 0 or (wanted is None and linears.nbytes > virtual_memory().available / 4):
-        return None
-    return linears
+    too_big = wanted is None and linears.nbytes > free_memory(torch.device("cpu")) // 4
+    return None if linears.nbytes == 0 or too_big else linears

@@ -50,6 +50,7 @@ class LocalSession:
         return self._tensor[None, :count]
 
     def close(self) -> None:
+        """Give up the session's cache; a turn that is being sampled in it fails."""
         self.closed = True
         self.sampler.release(self)
 
