@@ -71,7 +71,7 @@ Row = Callable[[Options], Json]
 
 
 class SideError(RuntimeError):
-    """A worker process ended before it answered; its own traceback is on standard error."""
+    """A side can't be measured: its worker ended, or it does other work than the others."""
 
 
 class Side:
@@ -187,11 +187,11 @@ def check_comparable(*sides: Side) -> None:
     first = sides[0]
     for side in sides:
         if side.about["threads"] != 1:
-            raise SystemExit(f"{side.name} doesn't run on one thread: the ratio would compare cores")
+            raise SideError(f"{side.name} doesn't run on one thread: the ratio would compare cores")
         pairs = zip(first.about["probe_logprobs"], side.about["probe_logprobs"], strict=True)
         tolerance = 1e-3 if first.about["dtype"] == "torch.float32" else 0.1
         if not all(math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance) for a, b in pairs):
-            raise SystemExit(f"{first.name} and {side.name} compute different probabilities: not one model")
+            raise SideError(f"{first.name} and {side.name} compute different probabilities: not one model")
 
 
 def rates(answers: Mapping[str, Sequence[Json]], unit: str) -> dict[str, float]:
@@ -218,6 +218,7 @@ def main(program: str, description: str, rows: Mapping[str, Row]) -> None:
     if options.runs < 1:
         parser.error(f"--runs is {options.runs}; expected at least 1")
     results: dict[str, Json] = {}
+    failed: list[str] = []
     for name in options.rows:
         print(f"{name}", flush=True)
         try:
@@ -226,11 +227,16 @@ def main(program: str, description: str, rows: Mapping[str, Row]) -> None:
             )
         except NotMeasurableError as reason:
             print(f"  skipped: {reason}")
+        except (SideError, subprocess.CalledProcessError) as error:  # the other rows may still be measured
+            print(f"  failed: {error}")
+            failed.append(name)
     if options.json:
         report = {"worker_environment": WORKER_ENVIRONMENT, "host": host(), "rows": results}
         write_json(options.json, report)
     for name, result in results.items():
         print(f"ratio {name} {result['ratio']:.2f}")
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
 def host() -> Json:

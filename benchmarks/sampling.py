@@ -99,7 +99,8 @@ def history_growth(options: Options) -> Json:
     """How much slower a token is after 1,024 tokens than after 128: the bare forward's factor over ours."""
     steps = 16 if options.quick else 64
     seconds: dict[str, dict[int, float]] = {"etude": {}, "bare": {}}
-    runs, about = {}, {}
+    runs: dict[int, dict[str, list[Json]]] = {}
+    about: Json = {}
     for history in (128, 1024):
         answers, about = decode_both(options, rows=16, history=history - steps // 2, steps=steps)
         runs[history] = answers

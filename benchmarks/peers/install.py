@@ -37,7 +37,7 @@ def ensure(peer: str, base: str = sys.executable) -> None:
 def install(peer: str, base: str) -> None:
     """Build the environment with the interpreter `base`; a failed or outdated one is replaced."""
     subprocess.run([base, "-m", "venv", "--clear", PEERS / peer / ".venv"], check=True)
-    pip_install = [python(peer), "-m", "pip", "install", "--quiet"]
+    pip_install = [str(python(peer)), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip_install, "-r", _requirements(peer)], check=True)
     if _no_deps(peer).exists():
         subprocess.run([*pip_install, "--no-deps", "-r", _no_deps(peer)], check=True)

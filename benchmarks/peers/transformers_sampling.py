@@ -132,7 +132,10 @@ def batches(histories: Histories, rows: int) -> Iterator[list[int]]:
         yield order[first : first + rows]
 
 
-WAYS = {"generate": Generate, "generate_batch": GenerateBatch}
+WAYS: dict[str, type[Generate] | type[GenerateBatch]] = {
+    "generate": Generate,
+    "generate_batch": GenerateBatch,
+}
 PAGE = 128  # tokens; smaller pages were no faster
 
 

@@ -14,7 +14,7 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB: far more than 256 short sequences of this model take
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
