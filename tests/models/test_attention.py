@@ -18,8 +18,8 @@ from etude.models.attention import (
     install,
     packed_attention,
     packed_inputs,
-    supports_packing,
 )
+from etude.models.packing import supports_packing
 
 SMALL = {
     "vocab_size": 53,

@@ -8,38 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from etude.models.attention import PackedPlan, SlotCache, packed_inputs, supports_packing
-
-
-@dataclass(slots=True)
-class Feed:
-    """Tokens that follow `past` tokens already in `slot`."""
-
-    slot: int
-    past: int
-    token_ids: Sequence[int]
-
-
-class Backend(Protocol):
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        """Put each feed's tokens into its slot; the logits after its last token, [feeds, vocabulary]."""
-        ...
-
-    def copy(self, source: int, target: int, length: int) -> bool:
-        """Copy the first `length` tokens' keys and values between slots; False if that can't be done."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the cache holds now."""
-        ...
+from etude.models.attention import PackedPlan, SlotCache, packed_inputs
+from etude.models.packing import supports_packing
+from etude.sampling.feeds import Backend, Feed
+from etude.sampling.solo import solo_backend
 
 
 class PackedBackend:
@@ -77,35 +54,8 @@ class PackedBackend:
         return self.cache.nbytes
 
 
-class SoloBackend:
-    """One forward per row, each with a cache of its own: slow, and right for every decoder with a cache."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.caches: dict[int, DynamicCache] = {}
-
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        return torch.stack([self._row(feed) for feed in feeds])
-
-    def _row(self, feed: Feed) -> Tensor:
-        if feed.past == 0:
-            self.caches[feed.slot] = DynamicCache(config=self.model.config)
-        ids = torch.tensor([feed.token_ids], device=self.model.device)
-        inputs: dict[str, Any] = {
-            "input_ids": ids,
-            "past_key_values": self.caches[feed.slot],
-            "use_cache": True,
-        }
-        return self.model(**inputs, attention_mask=ids.new_ones(1, feed.past + ids.shape[1])).logits[0, -1]
-
-    def copy(self, source: int, target: int, length: int) -> bool:
-        return False  # the caches of these models may hold more than keys and values by position
-
-    @property
-    def nbytes(self) -> int:
-        layers = (layer for cache in self.caches.values() for layer in cache.layers)
-        return sum(x.nbytes for layer in layers for x in vars(layer).values() if isinstance(x, Tensor))
-
-
 def choose_backend(model: PreTrainedModel, slots: int, max_length: int) -> Backend:
-    return PackedBackend(model, slots, max_length) if supports_packing(model) else SoloBackend(model)
+    """The packed one where it is right, else one forward per row; ModelError where nothing is."""
+    if supports_packing(model, max_length):
+        return PackedBackend(model, slots, max_length)
+    return solo_backend(model, max_length)

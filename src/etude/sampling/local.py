@@ -26,8 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
-from etude.sampling.backends import Feed, choose_backend
+from etude.sampling.backends import choose_backend
 from etude.sampling.draw import draw
+from etude.sampling.feeds import Feed
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
 from etude.sampling.stop import StopStrings, token_texts
