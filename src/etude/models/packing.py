@@ -33,7 +33,7 @@ def supports_packing(model: PreTrainedModel, max_length: int | None = None) -> b
     """
     if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
         return False
-    if rotates_by_length(model, max_length) or not _caches_keys_only(model):
+    if crosses_switch(model, max_length) or not _caches_keys_only(model):
         return False
     training = model.training
     model.eval()
@@ -62,29 +62,34 @@ def plain_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
 def same_logits(actual: Tensor, expected: Tensor) -> bool:
     """Whether [T, V] logits differ by rounding only.
 
-    The distance is measured by the spread of each position's logits: far above rounding, far below a leak.
+    The distance is measured by the logits' usual spread: far above rounding, far below a leak.
     In half precision a router's tie may fall the other way, so that a quarter of the positions is let off.
     """
     rough = expected.element_size() < 4 or torch.get_float32_matmul_precision() != "highest"
     actual, expected = actual.float(), expected.float()
-    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1).mean()
     distances = (actual - expected).norm(dim=-1) / spread.clamp(min=torch.finfo(torch.float32).tiny)
-    return bool(distances.quantile(0.75) <= 0.1 if rough else distances.max() <= 1e-3)
+    return bool(distances.quantile(0.75) <= 0.1 if rough else distances.max() <= 1e-4)
 
 
-def rotates_by_length(model: PreTrainedModel, max_length: int | None = None) -> bool:
-    """Whether the rotary embedding of early tokens depends on how many follow (LongRoPE past its switch).
+def rotary_switch(model: PreTrainedModel) -> int | None:
+    """The length beyond which LongRoPE rotates all tokens otherwise, the early ones too; None without one.
 
-    Then neither cached keys nor a neighbour in a batch leave a sequence as it is alone.
+    Beyond it neither cached keys nor a neighbour in a batch leave a sequence as it is alone.
     """
-    config = model.config.get_text_config()
-    length = max_length or getattr(config, "max_position_embeddings", None) or float("inf")
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return any(
-        rope.get("rope_type") == "longrope" and rope["original_max_position_embeddings"] < length
-        for rope in each
-    )
+    switches = [
+        rope["original_max_position_embeddings"] for rope in each if rope.get("rope_type") == "longrope"
+    ]
+    return min(switches, default=None)
+
+
+def crosses_switch(model: PreTrainedModel, max_length: int | None = None) -> bool:
+    """Whether sequences of up to `max_length` tokens (the model's own limit by default) reach beyond it."""
+    switch = rotary_switch(model)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    return switch is not None and switch < (max_length or limit)
 
 
 def _caches_keys_only(model: PreTrainedModel) -> bool:

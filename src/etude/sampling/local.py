@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
+from etude.models.packing import rotary_switch
 from etude.sampling.backends import choose_backend
 from etude.sampling.draw import draw
 from etude.sampling.feeds import Feed
@@ -43,7 +44,8 @@ class LocalSampler:
             so that it samples from the very weights that are trained.
         tokenizer: for stop strings and the text of a turn.
         slots: turns that are decoded at once, and sessions that keep their cache.
-        max_length: tokens a session can hold; the model's own limit by default.
+        max_length: tokens a session can hold; the model's own limit by default (with LongRoPE the length
+            at which its embeddings switch: beyond it every token costs a forward of the whole session).
         prefill_tokens: prompt tokens fed per step at most, which bounds the memory of a step.
         autocast: the trainer's autocast, so that both compute in the same precision.
 
@@ -71,7 +73,7 @@ class LocalSampler:
         self.autocast = autocast
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 20
-        self.max_length = min(max_length or limit, limit)
+        self.max_length = min(max_length or rotary_switch(self.model) or limit, limit)
         self.policy_version = 0
         self._parameters = list(self.model.parameters())
         self._fingerprint = self._weights()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from etude.errors import ModelError
-from etude.models.packing import FOREIGN_ERRORS, plain_logits, probes, rotates_by_length, same_logits
+from etude.models.packing import FOREIGN_ERRORS, crosses_switch, plain_logits, probes, same_logits
 from etude.sampling.feeds import Feed
 
 Way = Literal["pieces", "tokens", "whole"]  # several tokens after a state, one by one, or all from the start
@@ -84,7 +85,8 @@ class SoloBackend:
 
     def _fresh_state(self) -> Any:
         """As `generate` would make it, or None where the model makes its own."""
-        if self._keyword != "past_key_values":
+        family: Any = type(self.model)
+        if self._keyword != "past_key_values" or not family._supports_default_dynamic_cache():
             return None
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
@@ -96,7 +98,7 @@ def solo_backend(model: PreTrainedModel, max_length: int) -> SoloBackend:
         ModelError: there is none: what follows a token changes its logits (an encoder), or the model
             can't be run on a single sequence.
     """
-    ways: tuple[Way, ...] = ("whole",) if rotates_by_length(model, max_length) else get_args(Way)
+    ways: tuple[Way, ...] = ("whole",) if crosses_switch(model, max_length) else get_args(Way)
     failure: Exception | None = None
     for way in ways:
         try:
@@ -116,10 +118,10 @@ def _continues(backend: SoloBackend) -> bool:
     model, training = backend.model, backend.model.training
     model.eval()
     try:
-        sequences = probes(model, (13, 12))
+        sequences = probes(model, (21, 20))
         whole = [plain_logits(model, ids) for ids in sequences]
         actual, expected = [], []
-        for start, end in ((0, 5), (5, 6), (6, 7), (7, 10), (10, 12)):
+        for start, end in pairwise((0, 5, *range(6, 12), 15, *range(16, 19), 20)):
             feeds = [Feed(slot, start, ids[start:end]) for slot, ids in enumerate(sequences)]
             actual.append(backend.logits(feeds))
             expected.append(torch.stack([logits[end - 1] for logits in whole]))
