@@ -238,7 +238,7 @@ def packed_attention(
     else:
         plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
         output = _attend_to_cache(query, *plan.cache.layers[layer], plan, scores, sliding_window)
-    return output.transpose(0, 1).unsqueeze(0)
+    return output.transpose(0, 1).contiguous().unsqueeze(0)  # some families take a view of it
 
 
 def _attend_to_self(
