@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from etude.runtime.loop import run_sync
-from etude.sampling.backends import SoloBackend
 from etude.sampling.draw import Row, draw, uniform
 from etude.sampling.local import LocalSampler
+from etude.sampling.solo import SoloBackend
 from etude.types import SamplingParams
 
 VOCAB = 61

@@ -24,8 +24,9 @@ from transformers import (
 from etude.errors import CacheBudgetError, SamplerError
 from etude.protocols import Sampler
 from etude.runtime.loop import run_sync
-from etude.sampling.backends import PackedBackend, SoloBackend
+from etude.sampling.backends import PackedBackend
 from etude.sampling.local import LocalSampler
+from etude.sampling.solo import SoloBackend
 from etude.types import SamplingParams
 
 VOCAB = 61

@@ -10,14 +10,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
 )
 
 from etude.environments.text import TextEnvironment
@@ -44,12 +44,13 @@ WIDE = {
     "initializer_range": 0.3,
 }
 GPT = {**COMMON, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH, "initializer_range": 0.3}
+STATE = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "conv_kernel": 4}
 # name -> (model, bytes of keys and values per token, in float32)
 MODELS = {
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**WIDE)), 2 * 2 * 2 * 8 * 4),
     "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**GPT)), 2 * 2 * 32 * 4),
     "gptj": (lambda: GPTJForCausalLM(GPTJConfig(**GPT, rotary_dim=4)), 2 * 2 * 32 * 4),
-    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**WIDE, head_dim=8)), 2 * 2 * 2 * 8 * 4),
+    "mamba": (lambda: MambaForCausalLM(MambaConfig(**COMMON, **STATE)), 0),
 }
 
 
@@ -146,11 +147,12 @@ def test_what_a_token_takes_is_known_before_the_first_turn(name):
         held.append(sampler.held_bytes)
 
     run_sync(play())
-    solo = name in ("gptj", "gemma2")
+    solo = name in ("gptj", "mamba")
     cells = 9 + 4 - 1 if solo else 3 * FIRST_LENGTH  # the last token is not fed yet
     cost = sampler.limits.cost
     assert held == [cells * cost.token + cost.session]
-    assert cost.session == (8 if name == "gemma2" else 0), "layers with a window count their tokens"
+    states = 2 * 64 * (8 + 4) * 4  # per layer and channel (twice the width) its state and last inputs
+    assert cost.session == (states if name == "mamba" else 0)
 
 
 def test_the_precision_is_that_of_the_run():

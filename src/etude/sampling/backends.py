@@ -9,53 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from etude.models.attention import PackedPlan, SlotCache, packed_inputs, supports_packing
+from etude.models.attention import PackedPlan, SlotCache, packed_inputs
+from etude.models.packing import supports_packing
+from etude.sampling.feeds import Backend, Feed
 from etude.sampling.memory import CacheCost
-
-
-@dataclass(slots=True)
-class Feed:
-    """Tokens that follow `past` tokens already in `slot`."""
-
-    slot: int
-    past: int
-    token_ids: Sequence[int]
-
-    @property
-    def end(self) -> int:
-        """Tokens in the slot afterwards."""
-        return self.past + len(self.token_ids)
-
-
-class Backend(Protocol):
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        """Put each feed's tokens into its slot; the logits after its last token, [feeds, vocabulary]."""
-        ...
-
-    def copy(self, source: int, target: int, length: int) -> bool:
-        """Copy the first `length` tokens' keys and values between slots; False if that can't be done."""
-        ...
-
-    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
-        """Have `slots` slots of `length` tokens; slot i goes on with what slot `kept[i]` held."""
-        ...
-
-    def measure(self) -> CacheCost:
-        """What the cache takes, found by feeding the model a few tokens."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the cache holds now."""
-        ...
+from etude.sampling.solo import solo_backend
 
 
 class PackedBackend:
@@ -99,57 +63,9 @@ class PackedBackend:
         return self.cache.nbytes
 
 
-class SoloBackend:
-    """One forward per row, each with a cache of its own: slow, and right for every decoder with a cache."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.caches: dict[int, DynamicCache] = {}
-
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        return torch.stack([self._row(feed) for feed in feeds])
-
-    def _row(self, feed: Feed) -> Tensor:
-        if feed.past == 0:
-            self.caches[feed.slot] = DynamicCache(config=self.model.config)
-        ids = torch.tensor([feed.token_ids], device=self.model.device)
-        inputs: dict[str, Any] = {
-            "input_ids": ids,
-            "past_key_values": self.caches[feed.slot],
-            "use_cache": True,
-        }
-        return self.model(**inputs, attention_mask=ids.new_ones(1, feed.past + ids.shape[1])).logits[0, -1]
-
-    def copy(self, source: int, target: int, length: int) -> bool:
-        return False  # the caches of these models may hold more than keys and values by position
-
-    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
-        """These caches grow as they are fed; what is no longer held goes."""
-        self.caches = {new: self.caches[old] for new, old in enumerate(kept) if old in self.caches}
-
-    def measure(self) -> CacheCost:
-        """A layer with a sliding window is counted like any other: a bound from above."""
-        few, more = self._probe(2), self._probe(4)
-        token = (sum(more) - sum(few)) // 2
-        growth = max((b - a for a, b in zip(few, more, strict=True)), default=0) // 2
-        return CacheCost(token, growth, session=sum(few) - 2 * token)
-
-    def _probe(self, length: int) -> list[int]:
-        """Bytes of each tensor in the cache after so many tokens."""
-        self._row(Feed(slot=-1, past=0, token_ids=[0] * length))
-        return _sizes(self.caches.pop(-1))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(size for cache in self.caches.values() for size in _sizes(cache))
-
-
-def _sizes(cache: DynamicCache) -> list[int]:
-    return [x.nbytes for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor)]
-
-
-def choose_backend(model: PreTrainedModel) -> Backend:
-    return PackedBackend(model) if supports_packing(model) else SoloBackend(model)
+def choose_backend(model: PreTrainedModel, max_length: int) -> Backend:
+    """The packed one where it is right, else one forward per row; ModelError where nothing is."""
+    return PackedBackend(model) if supports_packing(model, max_length) else solo_backend(model, max_length)
 
 
 def free_memory(device: torch.device) -> int:

@@ -27,9 +27,11 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
+from etude.models.packing import rotary_switch
 from etude.models.prepacked import PrepackedLinears
-from etude.sampling.backends import Feed, choose_backend, free_memory
+from etude.sampling.backends import choose_backend, free_memory
 from etude.sampling.draw import draw
+from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheLimits, parse_size
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
@@ -46,7 +48,8 @@ class LocalSampler:
             so that it samples from the very weights that are trained.
         tokenizer: for stop strings and the text of a turn.
         slots: turns that are decoded at once, and sessions that keep their cache; at most.
-        max_length: tokens a session can hold; the model's own limit by default.
+        max_length: tokens a session can hold; the model's own limit by default (with LongRoPE the length
+            at which its embeddings switch: beyond it every token costs a forward of the whole session).
         cache_bytes: what keys and values may take, as a number or a text such as "2GiB". By default half of
             the memory that is free now, and always enough for one session.
         keep_cache: sessions keep keys and values that were computed before the weights changed. Faster, and
@@ -89,10 +92,10 @@ class LocalSampler:
         self.keep_cache = keep_cache
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 20
-        self.max_length = min(max_length or limit, limit)
+        self.max_length = min(max_length or rotary_switch(self.model) or limit, limit)
         self.policy_version = 0
         self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
-        self._backend = choose_backend(self.model)
+        self._backend = choose_backend(self.model, self.max_length)
         self._linears = _prepacked(self.model, prepack)
         self.limits = self._limits(cache_bytes)
         self._slots = Slots(self.limits)
