@@ -29,6 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from etude.errors import ModelError
+from etude.models import hugepages
 
 PLAN = "packed_plan"  # the keyword under which a plan travels through the model
 _PREFIX = "etude_"
@@ -81,10 +82,10 @@ class SlotCache:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
 
     def _empty(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self.slots, like.shape[0], self.length, like.shape[-1])
+        return hugepages.zeros(like, self.slots, like.shape[0], self.length, like.shape[-1])
 
     def _resized(self, tensor: Tensor, slots: int, length: int, kept: Sequence[int]) -> Tensor:
-        resized = tensor.new_zeros(slots, tensor.shape[1], length, tensor.shape[3])
+        resized = hugepages.zeros(tensor, slots, tensor.shape[1], length, tensor.shape[3])
         both = min(length, self.length)
         for new, old in enumerate(kept):
             resized[new, :, :both] = tensor[old, :, :both]
