@@ -180,12 +180,50 @@ class Decoding:
         return self.masks[window]
 
 
+@dataclass
+class StaticPlan:
+    """One token for each row of a fixed block, row i in slot i, in shapes that never change.
+
+    All that differs between two steps is in the tensors, so that a step can be captured once and replayed,
+    and so that what is computed for a row is computed in the same way whatever the others hold.
+
+    Attributes:
+        cache: with at least as many slots as there are rows.
+        width: keys that every row is given, the ones after its own position masked.
+        positions_T: of each row's token.
+        slots_T: where each row writes: its own slot, or, if it takes no part, one that nobody reads.
+    """
+
+    cache: SlotCache
+    width: int
+    positions_T: Tensor
+    slots_T: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions_T.device
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, T]"""
+        return self.positions_T.unsqueeze(0)
+
+    def mask(self, window: int | None) -> Tensor:
+        """[T, 1, 1, width], true where a row's token may look."""
+        if window not in self.masks:
+            age = self.positions_T[:, None] - torch.arange(self.width, device=self.device)
+            visible = age >= 0 if not window else (age >= 0) & (age < window)
+            self.masks[window] = visible[:, None, None]
+        return self.masks[window]
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: PackedPlan,
+    plan: PackedPlan | StaticPlan,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -206,7 +244,8 @@ def packed_attention(
     else:
         layer: int = module.layer_idx  # type: ignore[assignment]
         plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
-        output = _attend_to_cache(query, *plan.cache.layers[layer], plan, scaling, sliding_window)
+        attend = _attend_in_block if isinstance(plan, StaticPlan) else _attend_to_cache
+        output = attend(query, *plan.cache.layers[layer], plan, scaling, sliding_window)  # type: ignore[arg-type]
     return output.transpose(0, 1).unsqueeze(0)
 
 
@@ -254,6 +293,17 @@ def _attend_to_cache(
             part, keys[slot, :, seen], values[slot, :, seen], scaling, window
         )
     return out
+
+
+def _attend_in_block(
+    q: Tensor, keys: Tensor, values: Tensor, plan: StaticPlan, scaling: float | None, window: int | None
+) -> Tensor:
+    """Static decoding: row i of `q` [H, T, d] attends to slot i."""
+    block = (slice(q.shape[1]), slice(None), slice(plan.width))
+    grouped = q.transpose(0, 1).unflatten(1, (keys.shape[1], -1))  # heads that share keys, as queries
+    mask = plan.mask(window)
+    out = scaled_dot_product_attention(grouped, keys[block], values[block], attn_mask=mask, scale=scaling)
+    return out.flatten(1, 2).transpose(0, 1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
@@ -311,7 +361,7 @@ def _dispatch(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return attention
 
 
-def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan) -> dict[str, Any]:
+def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan | StaticPlan) -> dict[str, Any]:
     """Keywords of a model's forward for a flat step of T tokens.
 
     The 1×1 mask is never read: a four-dimensional mask passes through `transformers` untouched, which

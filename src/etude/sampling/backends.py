@@ -1,4 +1,4 @@
-"""How the engine gets logits out of a model: packed, for almost every family, or row by row.
+"""How the engine gets logits out of a model: packed, for almost every family, in fixed shapes, or row by row.
 
 A backend owns the key–value cache of a number of slots. The engine tells it which tokens follow in which
 slots and gets the logits after the last of them. `choose_backend` asks the model which one is right.
@@ -9,13 +9,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from etude.errors import ConfigError
 from etude.models.attention import PackedPlan, SlotCache, packed_inputs, supports_packing
+from etude.sampling.static import (
+    KEYS,
+    ROWS,
+    CudaCapture,
+    StaticBackend,
+    capturable,
+    check_determinism,
+    round_up,
+)
 
 
 @dataclass(slots=True)
@@ -107,5 +118,34 @@ class SoloBackend:
         return sum(x.nbytes for layer in layers for x in vars(layer).values() if isinstance(x, Tensor))
 
 
-def choose_backend(model: PreTrainedModel, slots: int, max_length: int) -> Backend:
-    return PackedBackend(model, slots, max_length) if supports_packing(model) else SoloBackend(model)
+def choose_backend(
+    model: PreTrainedModel,
+    slots: int,
+    max_length: int,
+    *,
+    deterministic: bool = False,
+    cuda_graphs: bool | None = None,
+) -> Backend:
+    """The fastest backend that this model can run on.
+
+    Raises:
+        ConfigError: `cuda_graphs` was asked for and can't be had.
+        ModelError: `deterministic`, for a model that never can be.
+    """
+    if deterministic:
+        check_determinism(model)
+    packs = supports_packing(model)
+    graphs = packs and cuda_graphs is not False and capturable(model)
+    if cuda_graphs and not graphs:
+        raise ConfigError(
+            "cuda_graphs=True needs a model that runs packed, is on one CUDA device and has rotary "
+            "frequencies that don't follow the batch; leave cuda_graphs out"
+        )
+    if not packs:
+        return SoloBackend(model)
+    if not deterministic and not graphs:
+        return PackedBackend(model, slots, max_length)
+    rows = round_up(slots, ROWS) if deterministic else slots
+    packed = PackedBackend(model, rows + 1, round_up(max_length, KEYS))
+    capture = partial(CudaCapture, model.device) if graphs else None
+    return StaticBackend(packed, deterministic=deterministic, capture=capture)

@@ -86,6 +86,16 @@ def draw(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
     return Drawn(tokens_R.tolist(), logprobs, sampling)
 
 
+def draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
+    """`draw`, row by row: the last bits of an exponential or a sum may depend on a row's place."""
+    each = [draw(logits_RV[i : i + 1].clone(), [row]) for i, row in enumerate(rows)]
+    return Drawn(
+        [one.token_ids[0] for one in each],
+        [one.logprobs[0] for one in each],
+        [one.sampling_logprobs[0] for one in each],
+    )
+
+
 def _invert(logprobs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     """The first token whose cumulative probability exceeds the row's random number."""
     cdf_RV = logprobs_RV.exp().cumsum(-1)

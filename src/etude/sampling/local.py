@@ -27,7 +27,7 @@ from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, SamplerError
 from etude.models.loading import trunk_of
 from etude.sampling.backends import Feed, choose_backend
-from etude.sampling.draw import draw
+from etude.sampling.draw import draw, draw_each
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
 from etude.sampling.stop import StopStrings, token_texts
@@ -45,6 +45,11 @@ class LocalSampler:
         max_length: tokens a session can hold; the model's own limit by default.
         prefill_tokens: prompt tokens fed per step at most, which bounds the memory of a step.
         autocast: the trainer's autocast, so that both compute in the same precision.
+        deterministic: what a session samples is the same to the last bit, whatever the other sessions,
+            their timing and evictions; `etude.sampling.static` says how far that goes. It costs speed: rows
+            that stand idle are computed, prompts are fed one by one, and nothing is copied between slots.
+        cuda_graphs: replay decode steps from CUDA graphs; by default where the model is on one CUDA device
+            and runs packed.
 
     Memory is bounded by `slots` × `max_length` keys and values; slots grow by doubling up to that.
     """
@@ -58,6 +63,8 @@ class LocalSampler:
         max_length: int | None = None,
         prefill_tokens: int = 4096,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        deterministic: bool = False,
+        cuda_graphs: bool | None = None,
     ) -> None:
         if slots < 1 or prefill_tokens < 1:
             raise CacheBudgetError(
@@ -68,6 +75,7 @@ class LocalSampler:
         self.slots = slots
         self.prefill_tokens = prefill_tokens
         self.autocast = autocast
+        self.deterministic = deterministic
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.max_length = min(max_length or limit, limit)
@@ -75,7 +83,9 @@ class LocalSampler:
         self._parameters = list(self.model.parameters())
         self._fingerprint = self._weights()
         self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
-        self._backend = choose_backend(self.model, slots, self.max_length)
+        self._backend = choose_backend(
+            self.model, slots, self.max_length, deterministic=deterministic, cuda_graphs=cuda_graphs
+        )
         self._slots = Slots(slots)
         self._waiting: deque[Turn] = deque()
         self._running: list[Turn] = []
@@ -184,16 +194,23 @@ class LocalSampler:
         for turn in self._running:
             session = turn.session
             assert session.slot is not None, "a running turn has a slot"
-            if session.source is not None and not self._copy_prefix(session):
+            if not self.deterministic and session.source is not None and not self._copy_prefix(session):
                 continue
-            pending = session.token_ids[session.cached :]
-            if len(pending) > 1:
-                pending = pending[:budget]
+            prompt = session.cached + 1 < len(session.token_ids)
+            pending = self._pending(session, budget if prompt else 1)
+            if prompt:
                 budget -= len(pending)
             if pending:
                 feeds.append(Feed(session.slot, session.cached, pending))
                 turns.append(turn)
         return feeds, turns
+
+    def _pending(self, session: LocalSession, budget: int) -> list[int]:
+        """What the session is fed next; deterministic: its own next piece, whole, while there is budget."""
+        end = session.cached + budget
+        if self.deterministic and budget > 0:
+            end = session.next_end(self.prefill_tokens, self.policy_version)
+        return session.token_ids[session.cached : end]
 
     def _copy_prefix(self, session: LocalSession) -> bool:
         """Take the shared beginning from its holder's slot; False while the holder is still being fed it."""
@@ -210,7 +227,7 @@ class LocalSampler:
         return True
 
     def _draw(self, logits: torch.Tensor, turns: list[Turn]) -> None:
-        drawn = draw(logits, [turn.row() for turn in turns])
+        drawn = (draw_each if self.deterministic else draw)(logits, [turn.row() for turn in turns])
         self.tokens_sampled += len(turns)
         finished = set()
         rows = zip(turns, drawn.token_ids, drawn.logprobs, drawn.sampling_logprobs, strict=True)
