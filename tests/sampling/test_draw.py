@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from etude.sampling.draw import Row, draw, mix, uniform
+from etude.sampling.draw import Row, draw, draw_each, mix, uniform
 from etude.types import SamplingParams
 
 
@@ -83,3 +83,18 @@ def test_rows_with_different_parameters_share_a_batch():
     assert together.token_ids[3] != best[3]
     assert together.token_ids[4] == 5
     assert together.sampling_logprobs[2] == 0.0
+
+
+def test_rows_drawn_each_by_itself():
+    """What `draw` gives to the last digits, and to the last bit what it gives each row alone."""
+    logits = torch.randn(5, 61, generator=torch.Generator().manual_seed(0))
+    kinds = [SamplingParams(), SamplingParams(top_p=0.7), SamplingParams(temperature=0), SamplingParams()]
+    rows = [
+        row(params, seed=i) for i, params in enumerate([*kinds, SamplingParams(temperature=0.6, top_k=9)])
+    ]
+    together, each = draw(logits, rows), draw_each(logits, rows)
+    assert each.token_ids == together.token_ids
+    assert each.logprobs == pytest.approx(together.logprobs)
+    assert each.sampling_logprobs == pytest.approx(together.sampling_logprobs)
+    alone = draw(logits[3:4].clone(), rows[3:4])
+    assert (alone.token_ids[0], alone.logprobs[0]) == (each.token_ids[3], each.logprobs[3])

@@ -1,10 +1,11 @@
 """Static shapes: bits that don't depend on other sessions, and a decode step that can be captured."""
 
 import asyncio
+import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from etude.errors import ConfigError, ModelError
+from etude.models.attention import install
 from etude.runtime.loop import run_sync
 from etude.sampling.backends import Feed, PackedBackend, SoloBackend, choose_backend
 from etude.sampling.generate import continue_all
@@ -74,9 +76,9 @@ def random_prompts(count, longest=40):
 
 EPISODES = random_prompts(6)
 EPISODES[4] = EPISODES[3][:-1] + EPISODES[0]  # a shared beginning, which elsewhere would be copied
-TURNS = [3, 1, 2, 3, 2, 1]
+TURNS = [2, 1, 2, 3, 2, 1]
 CUTS = SamplingParams(max_new_tokens=9, temperature=0.8, top_p=0.9, eos_token_ids=(3,))
-PLAIN = SamplingParams(max_new_tokens=30, eos_token_ids=(3, 4))
+PLAIN = SamplingParams(max_new_tokens=20, eos_token_ids=(3, 4))
 
 
 async def one_episode(sampler, index, ticks=0):
@@ -117,7 +119,7 @@ def alone(request):
     return model, undisturbed(model)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None, phases=[Phase.generate])  # whole rollouts: too long to shrink
 @given(
     order=st.permutations(range(len(EPISODES))),
     late=st.lists(st.integers(0, 25), min_size=6, max_size=6),
@@ -136,7 +138,8 @@ def test_every_bit_is_the_same_whatever_runs_beside(alone, order, late, ticks):
         return await asyncio.gather(*(arrive(sampler, index) for index in order))
 
     for index, numbers in zip(order, run_sync(together()), strict=True):
-        assert numbers == expected[index]
+        same = numbers == expected[index]
+        assert same, f"episode {index}"
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -148,8 +151,8 @@ def test_a_rebuilt_cache_gives_the_same_bits(name):
         sampler = deterministic_sampler(model, slots=2)
         session = sampler.session(seed=9)
         await session.sample(EPISODES[3], SamplingParams(max_new_tokens=20))
-        for i in range(others):
-            await sampler.session(seed=i).sample([i], SamplingParams(max_new_tokens=4))
+        for i in range(others):  # each stays open with a longer history, which is kept when one must go
+            await sampler.session(seed=i).sample([i] * 60, SamplingParams(max_new_tokens=4))
         assert (session.slot is None) == (others > 0)
         fed = sampler.tokens_fed
         last = await session.sample([7, 8], SamplingParams(max_new_tokens=5))
@@ -176,7 +179,10 @@ def test_new_weights_start_the_pieces_anew():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.9)
+        steps = sampler.steps
         last = await session.sample([7, 8], SamplingParams(max_new_tokens=9))
+        length = len(EPISODES[3]) + 20 + 2
+        assert sampler.steps - steps == math.ceil(length / 16) + 8, "pieces as long as can be"
         return last.token_ids, last.logprobs, last.policy_version
 
     assert run_sync(play(0)) == run_sync(play(1))
@@ -195,8 +201,22 @@ def test_without_the_option_bits_do_differ():
 
 
 def test_rows_that_see_each_other_are_found_out():
-    assert rows_are_alike(static_model("llama"), 8)
-    assert not rows_are_alike(static_model("mixtral"), 8), "experts compute as many rows as chose them"
+    llama, mixtral = static_model("llama"), static_model("mixtral")
+    install(llama)
+    install(mixtral)
+    assert rows_are_alike(llama, 8)
+    assert not rows_are_alike(mixtral, 8), "experts compute as many rows as chose them"
+
+
+def test_shapes_follow_from_a_rows_own_length():
+    """Which no rollout on a CPU shows: there the masked keys of a wider block happen to change no bit."""
+    feeds = [Feed(0, 7, [1]), Feed(3, 100, [2]), Feed(1, 30, [3, 4]), Feed(2, 63, [5])]
+    llama = static_model("llama")
+    backend = choose_backend(llama, 4, 200, deterministic=True)
+    assert backend._arrange(feeds) == ({64: [0, 3], 128: [1]}, [2])
+    assert backend.step.rows == 8
+    backend.deterministic = False
+    assert backend._arrange(feeds) == ({128: [0, 1, 3]}, [2])
 
 
 def test_frequencies_that_follow_the_batch_are_refused():
@@ -210,6 +230,7 @@ def test_frequencies_that_follow_the_batch_are_refused():
 
 
 def static_backend(model, slots=4, capture=None):
+    install(model)
     return StaticBackend(PackedBackend(model, slots + 1, 256, 64), capture=capture and (lambda: capture))
 
 

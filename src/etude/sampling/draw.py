@@ -87,7 +87,10 @@ def draw(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
 
 
 def draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
-    """`draw`, row by row: the last bits of an exponential or a sum may depend on a row's place."""
+    """`draw`, row by row, for the same bits beside any rows.
+
+    How a cumulative sum is cut up on a GPU depends on the number of rows.
+    """
     each = [draw(logits_RV[i : i + 1].clone(), [row]) for i, row in enumerate(rows)]
     return Drawn(
         [one.token_ids[0] for one in each],

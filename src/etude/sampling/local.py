@@ -207,8 +207,10 @@ class LocalSampler:
 
     def _pending(self, session: LocalSession, budget: int) -> list[int]:
         """What the session is fed next; deterministic: its own next piece, whole, while there is budget."""
+        if budget <= 0:
+            return []
         end = session.cached + budget
-        if self.deterministic and budget > 0:
+        if self.deterministic:
             end = session.next_end(self.prefill_tokens, self.policy_version)
         return session.token_ids[session.cached : end]
 

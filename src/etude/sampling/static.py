@@ -7,9 +7,9 @@ to a spare slot. Prompts are left to the packed backend, over the same cache. Tw
 **deterministic.** The last bits of a matrix product depend on its shape. Here every shape that a session's
 numbers go through follows from its own history: prompts are fed one session at a time in the session's own
 pieces, each row gets the width of its own length, and a cache that was evicted is rebuilt in the pieces
-that it was first fed in. A row's place in the block can matter too (MKL computes the rows that are left over by
-a multiple of 4 with other instructions), so the block has a multiple of 8 rows, and before the first decode it
-is tried out whether rows in other places and beside other rows give the same bits. Where they don't
+that it was first fed in. A row's place in the block can matter too (MKL computes rows left over by a multiple
+of 4 with other instructions), so the block has a multiple of 8 rows, and before the first decode it is
+tried out whether rows in other places and beside other rows give the same bits. Where they don't
 (mixtures of experts, for one), rows are decoded one at a time: slow, and the same by construction. What a
 session samples is then the same to the last bit for the same weights, seed, tokens and sampling
 parameters. It may change with the device, library versions, number of threads, `slots`, `max_length` and

@@ -365,7 +365,11 @@ class OnlineTrainer(ABC):
     def sampler(self) -> LocalSampler:
         """A sampler over the very weights that are trained."""
         return LocalSampler(
-            self.model, self.tokenizer, slots=self.config.slots, autocast=self.accelerator.autocast
+            self.model,
+            self.tokenizer,
+            slots=self.config.slots,
+            autocast=self.accelerator.autocast,
+            deterministic=self.config.deterministic,
         )
 
 

@@ -354,12 +354,16 @@ class PPOTrainer(OnlineTrainer):
             yield self._sampler_of_reference
         else:
             with reference_by_disabled_adapters(self.model):
-                yield LocalSampler(self.model, self.tokenizer, slots=self.config.slots)
+                yield self._sampler_over(self.model)
 
     @cached_property
     def _sampler_of_reference(self) -> LocalSampler:
         assert self.ref_model is not None
-        return LocalSampler(self.ref_model, self.tokenizer, slots=self.config.slots)
+        return self._sampler_over(self.ref_model)
+
+    def _sampler_over(self, model: Any) -> LocalSampler:
+        config = self.config
+        return LocalSampler(model, self.tokenizer, slots=config.slots, deterministic=config.deterministic)
 
     def log_stats(
         self,

@@ -48,6 +48,9 @@ class PPOConfig:
     batch_size: int = _setting(256, "episodes per iteration and process")
     temperature: float = _setting(1.0, "temperature that responses given to step() were sampled at")
     slots: int = _setting(64, "episodes decoded at once by train()'s sampler")
+    deterministic: bool = _setting(
+        False, "sample the same to the last bit whatever the episodes' timing; slower"
+    )
 
     # Optimisation.
     learning_rate: float = _setting(1e-5, "learning rate of Adam")
