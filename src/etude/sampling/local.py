@@ -52,6 +52,7 @@ class LocalSampler:
             and runs packed.
 
     Memory is bounded by `slots` × `max_length` keys and values; slots grow by doubling up to that.
+    CUDA graphs take one slot more; deterministic ones are, besides, rounded up to a multiple of 8.
     """
 
     def __init__(
