@@ -47,9 +47,10 @@ format: install
 peers: install
 	$(BIN)/python -m benchmarks.peers.install
 
-# Episodes per second against TRL 0.7.4's TextEnvironment, both sides in one run.
+# Rollouts and sampling against TRL 0.7.4, transformers and vLLM, sides taking turns; about 25 minutes.
+# Some rows: BENCH_ARGS="--rows sample_vllm hide_tools". Whether they work at all: BENCH_ARGS=--quick.
 bench-rollout: install
-	$(BIN)/python -m benchmarks.rollout $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) runs benchmarks/results benchmarks/peers/*/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,22 +2,28 @@
 
 A side is one library under test. It lives in a worker process with an interpreter of its own, loads its
 model once, and then answers requests, one line of JSON each, over its standard input and output. Only one
-side computes at a time. Standard library only, because peers' interpreters import this too.
+side computes at a time. A row is a function that measures one comparison and returns its ratio with all that
+explains it. Standard library only, because peers' interpreters import this too.
 
-Not covered: what a side does with a request (`etude_rollout.py`, `peers/`) and which requests make a
-benchmark (`rollout.py`).
+Not covered: what a side does with a request (`etude_….py`, `peers/`) and which requests make a row
+(`rollout.py`, `sampling.py`, `gpu.py`).
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any
 
@@ -42,8 +48,30 @@ WORKER_ENVIRONMENT = {
 Json = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line says.
+
+    Attributes:
+        runs: timed runs of each side.
+        quick: a tenth of the work in one run: does it work? Not a figure.
+        device: where the rows for an accelerator run.
+    """
+
+    runs: int = 3
+    quick: bool = False
+    device: str = "cuda"
+
+
+class NotMeasurableError(RuntimeError):
+    """This machine can't measure the row; the message says why."""
+
+
+Row = Callable[[Options], Json]
+
+
 class SideError(RuntimeError):
-    """A worker process ended before it answered; its own traceback is on standard error."""
+    """A side can't be measured: its worker ended, or it does other work than the others."""
 
 
 class Side:
@@ -54,14 +82,22 @@ class Side:
         python: the interpreter that has the library.
         module: the worker module, run with `-m`.
         arguments: for the worker's command line.
+        environment: variables that this library asks for, besides those that all sides get.
     """
 
-    def __init__(self, name: str, python: Path, module: str, *arguments: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        module: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.process = subprocess.Popen(
             [python, "-m", module, *arguments],
             cwd=ROOT,
-            env={**os.environ, **WORKER_ENVIRONMENT},
+            env={**os.environ, **WORKER_ENVIRONMENT, **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,18 +132,36 @@ class Side:
             self.process.communicate()  # end of input ends the worker
 
 
-def serve(about: Mapping[str, Any], answer: Callable[[Json], Mapping[str, Any]]) -> None:
-    """The worker's loop: say what this side is, then answer requests until the input ends."""
+class Stopwatch:
+    """Wall and CPU seconds of a `with` block; CPU seconds above the wall's mean that a second core worked."""
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu = self._start
+        self.times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+Answer = Callable[[Json], Mapping[str, Any]]
+
+
+def serve(start: Callable[[], tuple[Mapping[str, Any], Answer]]) -> None:
+    """The worker's loop: start, say what this side is, then answer requests until the input ends.
+
+    Args:
+        start: loads what the side needs; returns what it says of itself and the function that answers.
+    """
     with os.fdopen(os.dup(1), "w") as replies:
-        os.dup2(2, 1)  # whatever a library prints must not look like a reply
+        os.dup2(2, 1)  # whatever a library prints, while it loads or later, must not look like a reply
+        about, answer = start()
         for reply in _replies(about, answer):
             replies.write(json.dumps(reply) + "\n")
             replies.flush()
 
 
-def _replies(
-    about: Mapping[str, Any], answer: Callable[[Json], Mapping[str, Any]]
-) -> Iterator[Mapping[str, Any]]:
+def _replies(about: Mapping[str, Any], answer: Answer) -> Iterator[Mapping[str, Any]]:
     yield about
     for line in sys.stdin:
         yield answer(json.loads(line))
@@ -124,8 +178,65 @@ def alternate(sides: Sequence[Side], requests: Sequence[Mapping[str, Any]]) -> d
         for side in sides:
             answer = side.ask(request)
             answers[side.name].append(answer)
-            print(f"  {side.name:<8} run {number}  {answer['seconds']:8.2f} s", flush=True)
+            print(f"  {side.name:<14} run {number}  {answer['seconds']:8.2f} s", flush=True)
     return answers
+
+
+def check_comparable(*sides: Side) -> None:
+    """One thread each, and the same log-probabilities of the same tokens."""
+    first = sides[0]
+    for side in sides:
+        if side.about["threads"] != 1:
+            raise SideError(f"{side.name} doesn't run on one thread: the ratio would compare cores")
+        pairs = zip(first.about["probe_logprobs"], side.about["probe_logprobs"], strict=True)
+        tolerance = 1e-3 if first.about["dtype"] == "torch.float32" else 0.1
+        if not all(math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance) for a, b in pairs):
+            raise SideError(f"{first.name} and {side.name} compute different probabilities: not one model")
+
+
+def rates(answers: Mapping[str, Sequence[Json]], unit: str) -> dict[str, float]:
+    """Each side's `unit` per second: that of its median run."""
+    per_second = {
+        name: median(answer[unit] / answer["seconds"] for answer in runs) for name, runs in answers.items()
+    }
+    print("  " + ", ".join(f"{name} {rate:.2f}" for name, rate in per_second.items()) + f" {unit} per second")
+    return per_second
+
+
+def main(program: str, description: str, rows: Mapping[str, Row]) -> None:
+    """Measure the rows that the command line asks for; their ratios are printed last."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    names = ", ".join(rows)
+    parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW", help=names)
+    parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (3)")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, 1 run: not a figure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, versions, runs here")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # to try the gpu rows without one
+    options = parser.parse_args()
+    if options.runs < 1:
+        parser.error(f"--runs is {options.runs}; expected at least 1")
+    results: dict[str, Json] = {}
+    failed: list[str] = []
+    for name in options.rows:
+        print(f"{name}", flush=True)
+        try:
+            results[name] = rows[name](
+                Options(1 if options.quick else options.runs, options.quick, options.device)
+            )
+        except NotMeasurableError as reason:
+            print(f"  skipped: {reason}")
+        except (SideError, subprocess.CalledProcessError) as error:  # the other rows may still be measured
+            print(f"  failed: {error}")
+            failed.append(name)
+    if options.json:
+        report = {"worker_environment": WORKER_ENVIRONMENT, "host": host(), "rows": results}
+        write_json(options.json, report)
+    for name, result in results.items():
+        print(f"ratio {name} {result['ratio']:.2f}")
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
 def host() -> Json:

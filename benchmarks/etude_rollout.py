@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import serve
+from benchmarks.common import Answer, serve
 from benchmarks.scripted import describe, timed_rollout
 from etude import TextEnvironment
+
+
+def start(checkpoint: str) -> tuple[dict[str, Any], Answer]:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    return describe(model, "etude"), partial(timed_rollout, TextEnvironment, model, tokenizer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
-    checkpoint = parser.parse_args().checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    serve(describe(model, "etude"), partial(timed_rollout, TextEnvironment, model, tokenizer))
+    serve(partial(start, parser.parse_args().checkpoint))
 
 
 if __name__ == "__main__":

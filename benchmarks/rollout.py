@@ -1,28 +1,25 @@
 """Multi-turn rollouts with tools, episodes per second: ours against TRL 0.7.4's `TextEnvironment`.
 
-The same model, the same episodes to the token, one thread, both sides in one run that take turns. The
-result is printed last, one line per tool latency:
-
-    ratio rollout_trl074_0ms VALUE
-
-which is our episodes per second divided by theirs (medians). What is forced and why: `scripted.py`.
+The same model, the same episodes to the token, one thread, sides that take turns. What is forced and why:
+`scripted.py`.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from benchmarks import common
+from benchmarks.common import Json, Options, Row, Side
 from benchmarks.peers import install
 from benchmarks.scripted import Shape, load_script, save_script, write_script
 
@@ -30,123 +27,120 @@ PEER = "trl074"
 CHECKPOINT = common.RESULTS / "models" / "llama-10m"
 SCRIPTS = common.RESULTS / "scripts"
 
-
-def main() -> None:
-    options = parse_options()
-    shape = Shape(episodes=options.episodes)
-    install.ensure(PEER)
-    make_checkpoint()
-    scripts = make_scripts(shape, number=1 + options.runs * len(options.tools))
-
-    with ExitStack() as stack:
-        ours = stack.enter_context(
-            common.Side("etude", Path(sys.executable), "benchmarks.etude_rollout", str(CHECKPOINT))
-        )
-        theirs = stack.enter_context(
-            common.Side(PEER, install.python(PEER), f"benchmarks.peers.{PEER}_rollout", str(CHECKPOINT))
-        )
-        check_comparable(ours, theirs)
-        results = measure([ours, theirs], shape, scripts, options.tools, options.runs)
-        report = {
-            "benchmark": "rollout",
-            "settings": {**asdict(shape), "tools_ms": options.tools, "runs": options.runs},
-            "tokens_per_run": count_tokens(scripts[0]),
-            "worker_environment": common.WORKER_ENVIRONMENT,
-            "host": common.host(),
-            "sides": {side.name: side.about for side in (ours, theirs)},
-            "results": results,
-        }
-
-    if options.json:
-        common.write_json(options.json, report)
-    for name, result in results.items():
-        print(f"ratio {name} {result['ratio']:.2f}")
+LONG_TURNS = Shape(tasks=32)
+FEW_SHOT = Shape(tasks=4, samples=8, turns=3, prompt_words=(8, 24), turn_words=(1, 6), examples=10)
+TOOL_MS = 200  # of the row that hides them
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rollout",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--tools", type=int, nargs="+", default=[0], metavar="MS", help="tool latencies (0)")
-    parser.add_argument("--episodes", type=int, default=32, help="episodes of a run (32)")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of each side (3)")
-    parser.add_argument("--quick", action="store_true", help="4 episodes, 1 run: not a figure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, versions, runs here")
-    options = parser.parse_args()
-    if min(options.tools) < 0 or options.episodes < 1 or options.runs < 1:
-        parser.error("expected --tools >= 0, --episodes >= 1 and --runs >= 1")
+def against_trl(options: Options, *, shape: Shape, tool_ms: int = 0, runs: int | None = None) -> Json:
+    """Episodes per second, ours over theirs.
+
+    Args:
+        runs: at most this many, where the peer mostly sleeps.
+    """
     if options.quick:
-        options.episodes, options.runs = 4, 1
-    return options
+        shape = replace(shape, tasks=max(1, shape.tasks // 8))
+    scripts = make_scripts(shape)
+    with ExitStack() as stack:
+        sides = [stack.enter_context(side) for side in (our_side(), trl_side())]
+        common.check_comparable(*sides)
+        warm_up(sides, shape)
+        requests = [
+            request(next(scripts), shape, tool_ms) for _ in range(min(options.runs, runs or options.runs))
+        ]
+        answers = common.alternate(sides, requests)
+    rates = common.rates(answers, "episodes")
+    return {
+        "ratio": rates["etude"] / rates[PEER],
+        "episodes_per_second": rates,
+        "settings": {**asdict(shape), "tool_ms": tool_ms},
+        "tokens_per_run": count_tokens(requests[0]),
+        "sides": {side.name: side.about for side in sides},
+        "runs": answers,
+    }
 
 
-def make_checkpoint() -> None:
-    """Model and tokenizer, written by the peer so that both sides can read them."""
+def hide_tools(options: Options) -> Json:
+    """Our wall time with tools that answer at once, over that with slow ones: 1 where these cost nothing."""
+    shape = Shape(tasks=8 if options.quick else 64)
+    scripts = make_scripts(shape)
+    with our_side() as ours:
+        warm_up([ours], shape)
+        runs: dict[int, list[Json]] = {0: [], TOOL_MS: []}
+        for _ in range(options.runs):
+            for tool_ms, answers in runs.items():
+                played = request(next(scripts), shape, tool_ms, slots=shape.episodes)
+                answers += common.alternate([ours], [played])[ours.name]
+    rates = common.rates({f"tools of {ms} ms": answers for ms, answers in runs.items()}, "episodes")
+    at_once, slow = rates.values()
+    return {
+        "ratio": slow / at_once,
+        "episodes_per_second": rates,
+        "settings": {**asdict(shape), "slots": shape.episodes},
+        "sides": {ours.name: ours.about},
+        "runs": runs,
+    }
+
+
+def our_side() -> Side:
+    make_checkpoint()
+    return Side("etude", Path(sys.executable), "benchmarks.etude_rollout", str(CHECKPOINT))
+
+
+def trl_side() -> Side:
+    return Side(PEER, install.python(PEER), f"benchmarks.peers.{PEER}_rollout", str(CHECKPOINT))
+
+
+@cache
+def make_checkpoint() -> Path:
+    """Model and tokenizer, written by the oldest peer so that all sides can read them."""
+    install.ensure(PEER)
     command = [str(install.python(PEER)), "-m", f"benchmarks.peers.{PEER}_model", str(CHECKPOINT)]
     subprocess.run(command, cwd=common.ROOT, env={**os.environ, **common.WORKER_ENVIRONMENT}, check=True)
+    return CHECKPOINT
 
 
-def make_scripts(shape: Shape, number: int) -> list[Path]:
-    """One script per run: the same lengths, other words."""
+def make_scripts(shape: Shape) -> Iterator[Path]:
+    """One script after the other: the same lengths, other words."""
+    make_checkpoint()
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    paths = [SCRIPTS / f"rollout-{seed}.json" for seed in range(number)]
-    for seed, path in enumerate(paths):
+    seed = 0
+    while True:
+        path = SCRIPTS / f"rollout-{seed}.json"
         save_script(path, write_script(tokenizer, shape, seed))
-    return paths
+        yield path
+        seed += 1
 
 
-def count_tokens(script: Path) -> common.Json:
-    episodes = load_script(script)
+def warm_up(sides: Sequence[Side], shape: Shape) -> None:
+    """Not counted: a few episodes of the same kind, for what is only built when it is first needed."""
+    few = replace(shape, tasks=max(1, 8 // shape.samples))
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    path = SCRIPTS / "warm-up.json"
+    save_script(path, write_script(tokenizer, few, seed=-1))
+    for side in sides:
+        side.ask(request(path, few, tool_ms=0))
+
+
+def request(script: Path, shape: Shape, tool_ms: int, **options: Any) -> Json:
+    return {"script": str(script), "tool_ms": tool_ms, "turns": shape.turns, "options": options}
+
+
+def count_tokens(asked: Json) -> Json:
+    episodes = load_script(Path(asked["script"])).episodes
     return {
         "total": sum(len(episode.token_ids) for episode in episodes),
         "by_model": sum(sum(episode.mask) for episode in episodes),
     }
 
 
-def check_comparable(ours: common.Side, theirs: common.Side) -> None:
-    """One thread each, and the same logits from the same tokens."""
-    if not ours.about["threads"] == theirs.about["threads"] == 1:
-        raise SystemExit("a side doesn't run on one thread: the ratio would compare cores")
-    pairs = zip(ours.about["probe_logits"], theirs.about["probe_logits"], strict=True)
-    if not all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) for a, b in pairs):
-        raise SystemExit("the two sides compute different logits: they don't run the same model")
-
-
-def measure(
-    sides: list[common.Side], shape: Shape, scripts: list[Path], tools_ms: list[int], runs: int
-) -> dict[str, common.Json]:
-    """Warm both sides up, then time them at each latency."""
-
-    def request(script: Path, tool_ms: int) -> common.Json:
-        return {"script": str(script), "tool_ms": tool_ms, "turns": shape.turns}
-
-    ours, theirs = sides
-    remaining = iter(scripts)
-    print("warm-up, not counted")
-    common.alternate(sides, [request(next(remaining), 0)])
-    results: dict[str, common.Json] = {}
-    for tool_ms in tools_ms:
-        print(f"{shape.episodes} episodes of {shape.turns} turns, tools of {tool_ms} ms")
-        answers = common.alternate(sides, [request(next(remaining), tool_ms) for _ in range(runs)])
-        rates = {
-            name: shape.episodes / median(answer["seconds"] for answer in side_answers)
-            for name, side_answers in answers.items()
-        }
-        print("  " + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items()) + " episodes per second")
-        results[f"rollout_{PEER}_{latency(tool_ms)}"] = {
-            "ratio": rates[ours.name] / rates[theirs.name],
-            "episodes_per_second": rates,
-            "runs": answers,
-        }
-    return results
-
-
-def latency(milliseconds: int) -> str:
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{seconds}s" if seconds and not rest else f"{milliseconds}ms"
-
+ROWS: dict[str, Row] = {
+    "rollout_trl074_0ms": partial(against_trl, shape=LONG_TURNS),
+    "rollout_trl074_200ms": partial(against_trl, shape=LONG_TURNS, tool_ms=200),
+    "rollout_trl074_1s": partial(against_trl, shape=LONG_TURNS, tool_ms=1000, runs=2),
+    "rollout_trl074_fewshot": partial(against_trl, shape=FEW_SHOT),
+    "hide_tools": hide_tools,
+}
 
 if __name__ == "__main__":
-    main()
+    common.main("python -m benchmarks.rollout", __doc__, ROWS)

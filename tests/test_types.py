@@ -40,6 +40,20 @@ def test_replayed_model_tokens_are_not_sampled():
     assert Segment("model", "a", [1], policy_version=0).sampled
 
 
+def test_a_forced_beginning_and_what_was_sampled_after_it_are_one_turn():
+    forced, sampled = Segment("model", "<think>", [1]), Segment("model", "so", [2, 3], policy_version=0)
+    answer = Segment("tool", "4", [4])
+    episode = Episode(
+        segments=[Segment("prompt", "q", [0]), forced, sampled, answer, sampled, answer, forced]
+    )
+    assert episode.model_turns == [[forced, sampled], [sampled], [forced]]
+    assert episode.turns == 3
+    assert episode.sampled == [bool(flag) for flag in (0, 0, 1, 1, 0, 1, 1, 0, 0)]
+    assert episode.last_model_text == "<think>"
+    assert Episode(segments=episode.segments[:3]).last_model_text == "<think>so"
+    assert Episode(segments=[sampled, sampled]).turns == 2
+
+
 def test_tool_text_is_not_what_the_model_wrote():
     episode = example()
     assert "9" not in episode.completion

@@ -1,7 +1,9 @@
 """Make a peer's virtual environment: `python -m benchmarks.peers.install trl074`.
 
-A peer is a folder here with a `requirements.txt`; its environment is `.venv` inside that folder. It is
-rebuilt when the requirements change and left alone otherwise. Standard library only.
+A peer is a folder here with a `requirements.txt`; its environment is `.venv` inside that folder. Packages in
+a `no-deps.txt` beside it are installed afterwards, without what they say they require: for wheels that name
+packages which can't be had. The environment is rebuilt when either file changes and left alone otherwise.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ def ensure(peer: str, base: str = sys.executable) -> None:
 def install(peer: str, base: str) -> None:
     """Build the environment with the interpreter `base`; a failed or outdated one is replaced."""
     subprocess.run([base, "-m", "venv", "--clear", PEERS / peer / ".venv"], check=True)
-    subprocess.run([python(peer), "-m", "pip", "install", "--quiet", "-r", _requirements(peer)], check=True)
+    pip_install = [str(python(peer)), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip_install, "-r", _requirements(peer)], check=True)
+    if _no_deps(peer).exists():
+        subprocess.run([*pip_install, "--no-deps", "-r", _no_deps(peer)], check=True)
     _stamp(peer).write_text(_fingerprint(peer))
 
 
@@ -43,12 +48,17 @@ def _requirements(peer: str) -> Path:
     return PEERS / peer / "requirements.txt"
 
 
+def _no_deps(peer: str) -> Path:
+    return PEERS / peer / "no-deps.txt"
+
+
 def _stamp(peer: str) -> Path:
     return PEERS / peer / ".venv" / ".installed"
 
 
 def _fingerprint(peer: str) -> str:
-    return hashlib.sha256(_requirements(peer).read_bytes()).hexdigest()
+    files = [_requirements(peer), _no_deps(peer)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
 def main() -> None:

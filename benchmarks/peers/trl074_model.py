@@ -1,7 +1,7 @@
-"""Make the model of the rollout benchmark: a random Llama of 10.1 M parameters and its tokenizer.
+"""Make the model of the CPU benchmarks: a random Llama of 10.1 M parameters and its tokenizer.
 
 Runs under the oldest peer's interpreter, because newer libraries read what older ones wrote and not the
-other way round. The weights are random: every token is forced, so only their shapes matter.
+other way round. The weights are random: tokens are forced or their number is, so only the shapes matter.
 """
 
 from __future__ import annotations

@@ -119,6 +119,10 @@ class Segment:
         """
         return self.policy_version is not None
 
+    def completes(self, before: Segment) -> bool:
+        """True where `before` is the forced beginning of the same turn of the model."""
+        return self.sampled and before.source == "model" and not before.sampled
+
 
 @dataclass(slots=True)
 class ToolCall:
@@ -236,12 +240,25 @@ class Episode:
         return "".join(s.text for s in self.segments if s.source == "model")
 
     @property
+    def model_turns(self) -> list[list[Segment]]:
+        """The model's turns: a segment each, or two where the turn's beginning was forced."""
+        turns: list[list[Segment]] = []
+        before = None
+        for segment in self.segments:
+            if before is not None and segment.completes(before):
+                turns[-1].append(segment)
+            elif segment.source == "model":
+                turns.append([segment])
+            before = segment
+        return turns
+
+    @property
     def last_model_text(self) -> str:
-        return next((s.text for s in reversed(self.segments) if s.source == "model"), "")
+        return "".join(segment.text for turn in self.model_turns[-1:] for segment in turn)
 
     @property
     def turns(self) -> int:
-        return sum(s.source == "model" for s in self.segments)
+        return len(self.model_turns)
 
     @property
     def reward(self) -> float:
@@ -279,9 +296,9 @@ class SamplingParams:
     """How to sample one turn.
 
     Attributes:
-        max_new_tokens: at most this many tokens.
-        min_new_tokens: end-of-sequence can't be sampled before this many.
-        temperature: divides the logits; 0 is greedy.
+        max_new_tokens: at most this many tokens, those of `forced_prefix` included.
+        min_new_tokens: end-of-sequence can't be sampled before this many, counted in the same way.
+        temperature: divides the logits; 0 is greedy, without top_k, top_p and min_p.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose mass reaches p; 1 keeps all.
         min_p: keep tokens at least this many times as probable as the most probable one; 0 keeps all.
@@ -289,6 +306,13 @@ class SamplingParams:
         eos_token_ids: tokens that end the turn, kept in its tokens.
         processors: logits processors in the form of `transformers`: each takes the row's token ids
             [1, n] and scores [1, vocabulary] and returns scores.
+        repetition_penalty: scores of tokens that are in the history, prompt included, are divided by it
+            where positive and multiplied where negative; 1 changes nothing.
+        allowed_token_ids: only these can be sampled; None allows all.
+        forced_prefix: tokens that the turn begins with. They are its tokens and text, but not sampled.
+
+    What applies to a token applies in the order of `transformers`: repetition_penalty, min_new_tokens,
+    allowed_token_ids, processors, temperature, top_k, top_p, min_p.
     """
 
     max_new_tokens: int = 128
@@ -300,6 +324,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     processors: tuple[Callable[[Any, Any], Any], ...] = ()
+    repetition_penalty: float = 1.0
+    allowed_token_ids: tuple[int, ...] | None = None
+    forced_prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -314,6 +341,22 @@ class SamplingParams:
             raise ValueError(f"min_p is {self.min_p}; expected 0 <= min_p <= 1 (0 keeps all tokens)")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; expected >= 0 (0 keeps all tokens)")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; expected a finite number > 0 "
+                "(1 changes nothing)"
+            )
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty; name at least one token, or None to allow all")
+        for name in ("allowed_token_ids", "forced_prefix"):
+            least = min(getattr(self, name) or (0,))
+            if least < 0:
+                raise ValueError(f"{name} has {least}; expected token ids >= 0")
+        if len(self.forced_prefix) >= self.max_new_tokens:
+            raise ValueError(
+                f"forced_prefix has {len(self.forced_prefix)} tokens and max_new_tokens is "
+                f"{self.max_new_tokens}, which counts them; raise it, so that at least one can be sampled"
+            )
 
 
 FinishReason = Literal["stop", "eos", "length"]
@@ -324,11 +367,13 @@ class Sampled:
     """What a sampler returns for one turn: ids, log-probabilities and version travel together.
 
     Attributes:
-        token_ids: as sampled, the end-of-sequence token included.
+        token_ids: the forced ones, then those sampled, the end-of-sequence token included.
         text: the tokens decoded, without a trailing end-of-sequence token.
-        logprobs, sampling_logprobs: see `Segment`.
+        logprobs, sampling_logprobs: see `Segment`; of the sampled tokens only.
         finish: a stop string ("stop"), an end-of-sequence token ("eos") or the token limit ("length").
-        policy_version: version of the weights at the first token.
+        policy_version: version of the weights at the first sampled token.
+        forced: how many of the tokens were forced: the first ones.
+        forced_text: their part of the text, its beginning.
     """
 
     token_ids: list[int]
@@ -337,14 +382,23 @@ class Sampled:
     sampling_logprobs: list[float]
     finish: FinishReason
     policy_version: int
+    forced: int = 0
+    forced_text: str = ""
 
-    def segment(self) -> Segment:
-        """The turn as a segment of an episode."""
-        return Segment(
-            "model",
-            self.text,
-            self.token_ids,
-            logprobs=self.logprobs,
-            sampling_logprobs=self.sampling_logprobs,
-            policy_version=self.policy_version,
-        )
+    def segments(self) -> list[Segment]:
+        """The turn as segments of an episode: what was forced, if anything, and what was sampled."""
+        segments = []
+        if self.forced:
+            segments.append(Segment("model", self.forced_text, self.token_ids[: self.forced]))
+        if self.forced < len(self.token_ids):
+            segments.append(
+                Segment(
+                    "model",
+                    self.text[len(self.forced_text) :],
+                    self.token_ids[self.forced :],
+                    logprobs=self.logprobs,
+                    sampling_logprobs=self.sampling_logprobs,
+                    policy_version=self.policy_version,
+                )
+            )
+        return segments

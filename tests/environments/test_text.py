@@ -2,17 +2,19 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from etude.data.batch import Trajectory
 from etude.environments.history import TextHistory
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, EnvironmentSetupError, RewardError, SamplerError, ToolError
 from etude.protocols import Environment
 from etude.runtime.loop import run_sync
 from etude.sampling.local import LocalSampler
-from etude.types import NamedReward, StopReason
+from etude.types import Episode, NamedReward, StopReason
 
 
 class Script:
@@ -430,3 +432,69 @@ def test_lock_step_methods(make_env, tokenizer):
     assert [history.reward.item() for history in histories] == [1.0, 0.0]
     assert env.parse_tool_call(CALL) == ("calc", "1+2")
     assert env.parse_tool_call("nothing") == (None, None)
+
+
+def test_a_forced_prefix_in_an_episode(make_llama, tokenizer):
+    """Each turn begins with it; masks, texts, turns and log-probabilities are right to the token."""
+    model = make_llama(dtype=torch.float64)
+    prefix = "<request><calc>1"
+    generation = {"max_new_tokens": 22, "forced_prefix": prefix}
+    env = TextEnvironment(
+        model,
+        tokenizer,
+        [calc],
+        rewards=lambda prompts, completions, **_: [0.0],
+        max_turns=3,
+        generation_kwargs=generation,
+        seed=1,
+    )
+    script = Script(tokenizer, {"go": [prefix + "+2<call>", prefix + "+3<call>", prefix + "<submit>"]})
+    env.params = replace(env.params, processors=(script,))
+    forced_ids = tokenizer.encode(prefix)
+    *_, masks, _, [history] = env.run(["go"])
+    episode = history.episode
+    assert [s.source for s in episode.segments] == [
+        "prompt",
+        *["model", "model", "tool", "environment"] * 2,
+        "model",
+        "model",
+    ]
+    assert episode.turns == 3
+    assert [call.response for call in episode.tool_calls] == ["3", "4"]
+    assert [call.turn for call in episode.tool_calls] == [0, 1]
+    assert episode.last_model_text == history.last_text_segment == prefix + "<submit>"
+    assert episode.stop is StopReason.SUBMITTED
+    said = [[0] * len(forced_ids) + [1] * n for n in (3, 3, 1)]
+    answered = [0] * 2
+    assert masks[0].tolist() == [*said[0], *answered, *said[1], *answered, *said[2]]
+    assert [len(history.token_spans), len(history.text_spans)] == [6, 6], "TRL has one segment per turn"
+    assert Episode.from_json(episode.to_json()).turns == 3
+
+    trajectory = Trajectory.of_episode(episode)
+    assert trajectory.sampled.tolist() == [i for i, sampled in enumerate(episode.sampled) if sampled]
+    assert len(trajectory.sampler_logprobs) == 7
+
+    logprobs = model(torch.tensor([episode.token_ids])).logits[0].log_softmax(-1)
+    for start, end, segment in episode.spans():
+        if segment.sampled:
+            expected = logprobs[range(start - 1, end - 1), segment.token_ids]
+            assert segment.logprobs == pytest.approx(expected.tolist())
+        else:
+            assert segment.logprobs is None
+
+
+def test_an_episode_ends_where_a_forced_prefix_leaves_no_room(make_env):
+    env = make_env({"go": ["ab<submit>"]}, generation={"forced_prefix": "ab"}, max_length=4)
+    [episode] = play(env, "go")
+    assert (episode.stop, episode.turns) == (StopReason.MAX_TOKENS, 0)
+    env = make_env({"go": ["ab<submit>"]}, generation={"forced_prefix": "ab"}, max_length=5)
+    [episode] = play(env, "go")
+    assert (episode.stop, episode.completion) == (StopReason.SUBMITTED, "ab<submit>")
+
+
+def test_lock_step_methods_know_a_forced_beginning(make_env):
+    env = make_env({"go": ["<request><calc>1+2<call>"]}, generation={"forced_prefix": "<request><calc>"})
+    [history] = env.generate([TextHistory("go", torch.tensor(env.tokenizer.encode("go")))])
+    assert history.last_text_segment == "<request><calc>1+2<call>"
+    assert env.task_end_check(history) == (False, False)
+    assert env.step(history).episode.tool_calls[0].response == "3"

@@ -5,8 +5,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPTJConfig,
-    GPTJForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -18,8 +18,8 @@ from etude.models.attention import (
     install,
     packed_attention,
     packed_inputs,
-    supports_packing,
 )
+from etude.models.packing import supports_packing
 
 SMALL = {
     "vocab_size": 53,
@@ -89,7 +89,8 @@ def test_a_cache_fed_in_pieces_equals_one_forward(window):
     for step in range(7):
         lengths = [pieces[slot][step] for slot in sequences]
         past = list(done.values())
-        cache.reserve(max(p + n for p, n in zip(past, lengths, strict=True)))
+        needed = max(p + n for p, n in zip(past, lengths, strict=True))
+        cache.resize(5, max(needed, cache.length), kept=range(5))
         plan = PackedPlan(lengths, past=past, cache=cache, slots=list(sequences))
         fed = [t for s, p, n in zip(sequences.values(), past, lengths, strict=True) for t in s[p : p + n]]
         outputs = model(**packed_inputs(fed, plan)).logits[0].split(lengths)
@@ -110,17 +111,46 @@ def test_decoding_together_is_used_only_where_it_pays():
     assert alone.decoding is None
 
 
-def test_what_is_not_served_is_refused_and_takes_the_slower_way():
+@pytest.mark.parametrize("lengths", [(15, 16, 3), (15, 16)])
+def test_soft_caps_and_windows_train_as_in_a_plain_forward(lengths):
     torch.manual_seed(0)
-    soft_capped = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8)).eval()
-    assert not supports_packing(soft_capped)
-    gptj = GPTJForCausalLM(
-        GPTJConfig(vocab_size=53, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=32)
+    config = Gemma2Config(
+        **SMALL, head_dim=8, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=8
     )
-    assert not supports_packing(gptj.eval())
+    check_gradients(Gemma2ForCausalLM(config).double(), lengths)
+
+
+@pytest.mark.parametrize("lengths", [(15, 16, 3), (15, 16)])
+def test_sinks_train_as_in_a_plain_forward(lengths):
+    torch.manual_seed(0)
+    config = GptOssConfig(**SMALL, head_dim=8, sliding_window=6, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    check_gradients(GptOssForCausalLM(config).double(), lengths, moved="sinks")
+
+
+def check_gradients(model, lengths, moved="q_proj"):
+    model.eval()
+    sequences = [ids(n, seed) for seed, n in enumerate(lengths)]
+    alone = torch.cat([model(torch.tensor([s]), use_cache=False).logits[0] for s in sequences])
+    alone.log_softmax(-1)[:, 3].sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert any(moved in name and gradient.abs().max() > 1e-3 for name, gradient in expected.items())
+    model.zero_grad()
+    assert supports_packing(model)
+    plan = PackedPlan(lengths)
+    packed = model(**packed_inputs([t for s in sequences for t in s], plan)).logits[0]
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    packed.log_softmax(-1)[:, 3].sum().backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            model.get_parameter(name).grad, gradient, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_tensor_that_is_not_known_is_refused():
     x = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ModelError, match="softcap"):
-        packed_attention(torch.nn.Identity(), x, x, x, PackedPlan([3]), softcap=30.0)
+    with pytest.raises(ModelError, match="position_bias"):
+        packed_attention(torch.nn.Identity(), x, x, x, PackedPlan([3]), position_bias=x)
 
 
 @torch.no_grad()
@@ -132,11 +162,3 @@ def test_calls_without_a_plan_are_as_before(make_llama, make_gpt2):
         install(model)
         install(model)
         assert torch.equal(model(x, attention_mask=mask).logits, before)
-
-
-@torch.no_grad()
-def test_the_test_that_guards_packing_leaves_no_trace(make_gpt2):
-    model = make_gpt2().train()
-    assert supports_packing(model)
-    assert model.training
-    assert all(parameter.grad is None for parameter in model.parameters())

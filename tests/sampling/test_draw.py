@@ -1,4 +1,4 @@
-"""The draw: distributions, streams, and cuts against `transformers`' own warpers."""
+"""The draw: distributions, streams, rows in one batch, and rows from which nothing can be drawn."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from etude.sampling.draw import Row, draw, draw_each, mix, uniform
 from etude.types import SamplingParams
@@ -41,29 +40,6 @@ def test_a_token_without_mass_is_never_drawn(seed, position, temperature):
     assert token in (1, 3)
 
 
-@given(
-    st.integers(0, 10_000),
-    st.integers(0, 12),
-    st.floats(0.05, 1.0),
-    st.sampled_from([0.6, 1.0, 1.3]),
-    st.sampled_from([0.0, 0.05, 0.3]),
-)
-def test_cuts_equal_the_warpers_of_transformers(seed, top_k, top_p, temperature, min_p):
-    logits = torch.randn(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
-    drawn = draw(logits, [row(params, seed)])
-    scores = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    if min_p:
-        scores = MinPLogitsWarper(min_p)(None, scores)
-    token = drawn.token_ids[0]
-    assert drawn.sampling_logprobs[0] == pytest.approx(scores.log_softmax(-1)[0, token].item())
-    assert drawn.logprobs[0] == pytest.approx((logits / temperature).log_softmax(-1)[0, token].item())
-
-
 def test_rows_with_different_parameters_share_a_batch():
     logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(1))
     params = [
@@ -87,14 +63,41 @@ def test_rows_with_different_parameters_share_a_batch():
 
 def test_rows_drawn_each_by_itself():
     """What `draw` gives to the last digits, and to the last bit what it gives each row alone."""
-    logits = torch.randn(5, 61, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(6, 61, generator=torch.Generator().manual_seed(0))
+    logits[4, 7] = torch.nan
     kinds = [SamplingParams(), SamplingParams(top_p=0.7), SamplingParams(temperature=0), SamplingParams()]
-    rows = [
-        row(params, seed=i) for i, params in enumerate([*kinds, SamplingParams(temperature=0.6, top_k=9)])
-    ]
+    kinds += [SamplingParams(), SamplingParams(temperature=0.6, top_k=9)]
+    rows = [row(params, seed=i) for i, params in enumerate(kinds)]
     together, each = draw(logits, rows), draw_each(logits, rows)
-    assert each.token_ids == together.token_ids
-    assert each.logprobs == pytest.approx(together.logprobs)
-    assert each.sampling_logprobs == pytest.approx(together.sampling_logprobs)
+    assert [*each.failures] == [*together.failures] == [4]
+    assert str(each.failures[4]) == str(together.failures[4])
+    for i in (0, 1, 2, 3, 5):
+        assert each.token_ids[i] == together.token_ids[i]
+        assert each.logprobs[i] == pytest.approx(together.logprobs[i])
+        assert each.sampling_logprobs[i] == pytest.approx(together.sampling_logprobs[i])
     alone = draw(logits[3:4].clone(), rows[3:4])
     assert (alone.token_ids[0], alone.logprobs[0]) == (each.token_ids[3], each.logprobs[3])
+
+
+def test_rows_without_a_distribution_fail_alone():
+    logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(2))
+    logits[1, 4] = torch.nan
+    logits[2] = -torch.inf
+    logits[3, 7] = torch.inf
+    empty = SamplingParams(processors=(lambda ids, scores: scores - torch.inf,))
+    ended = SamplingParams(allowed_token_ids=(3,), eos_token_ids=(3,), min_new_tokens=1, temperature=0)
+    params = [
+        SamplingParams(),
+        SamplingParams(),
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        empty,
+        ended,
+    ]
+    drawn = draw(logits, [row(p, seed=i) for i, p in enumerate(params)])
+    assert sorted(drawn.failures) == [1, 2, 3, 4, 5]
+    assert all("model's logits" in str(drawn.failures[i]) for i in (1, 2, 3))
+    assert "after the logits processor <lambda> the scores" in str(drawn.failures[4])
+    assert "after allowed_token_ids, min_new_tokens the scores" in str(drawn.failures[5])
+    alone = draw(logits[:1], [row(params[0])])
+    assert (drawn.token_ids[0], drawn.logprobs[0]) == (alone.token_ids[0], alone.logprobs[0])

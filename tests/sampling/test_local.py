@@ -4,8 +4,6 @@ import asyncio
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -26,8 +24,9 @@ from transformers import (
 from etude.errors import CacheBudgetError, SamplerError
 from etude.protocols import Sampler
 from etude.runtime.loop import run_sync
-from etude.sampling.backends import PackedBackend, SoloBackend
+from etude.sampling.backends import PackedBackend
 from etude.sampling.local import LocalSampler
+from etude.sampling.solo import SoloBackend
 from etude.types import SamplingParams
 
 VOCAB = 61
@@ -149,51 +148,6 @@ def test_turns_continue_from_the_cache(llama, tokenizer):
     assert fed == 3 + 5, "the last sampled token, two new ones, and five of the turn: the rest was kept"
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    slots=st.integers(1, 5),
-    prefill=st.integers(1, 9),
-    delays=st.lists(st.integers(0, 4), min_size=6, max_size=6),
-    turns=st.lists(st.integers(1, 3), min_size=6, max_size=6),
-    refresh=st.integers(0, 12),
-    shared=st.sampled_from([0, 17, 40]),
-)
-def test_any_interleaving_gives_the_tokens_of_one_by_one(
-    llama, tokenizer, slots, prefill, delays, turns, refresh, shared
-):
-    queries = [[*range(shared), *query] for query in prompts(6)]
-    params = SamplingParams(max_new_tokens=5, temperature=1.0, eos_token_ids=(3, 4))
-
-    async def episode(sampler, index, ids, ticks):
-        session, out = sampler.session(seed=100 + index), []
-        for turn in range(turns[index]):
-            out.append((await session.sample(ids if turn == 0 else [index, turn], params)).token_ids)
-            for _ in range(ticks):
-                await asyncio.sleep(0)
-        session.close()
-        return out
-
-    async def together():
-        sampler = LocalSampler(llama, tokenizer, slots=slots, prefill_tokens=prefill)
-
-        async def refresher():
-            for _ in range(refresh):
-                await asyncio.sleep(0)
-            sampler.weights_changed()
-
-        *outs, _ = await asyncio.gather(
-            *(episode(sampler, i, ids, delays[i]) for i, ids in enumerate(queries)), refresher()
-        )
-        assert sampler._slots.free == slots, "every slot came back"
-        return outs
-
-    async def one_by_one():
-        sampler = LocalSampler(llama, tokenizer, slots=1)
-        return [await episode(sampler, i, ids, 0) for i, ids in enumerate(queries)]
-
-    assert run_sync(together()) == run_sync(one_by_one())
-
-
 def test_shared_beginnings_are_computed_once(llama, tokenizer):
     preamble = prompts(1)[0] + list(range(40))
     queries = [[*preamble, 7, 8], [*preamble, 7, 8], [*preamble, 9], [*preamble, 3, 4, 5], [1, 2]]
@@ -210,9 +164,10 @@ def test_shared_beginnings_are_computed_once(llama, tokenizer):
         assert result.logprobs == pytest.approx(expected.logprobs)
 
 
-def test_an_optimizer_step_is_noticed(tokenizer):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_optimizer_step_is_noticed(tokenizer, dtype):
     """A session that stays open over an update goes on with the new weights, and none of the old cache."""
-    model = make_model("llama")
+    model = make_model("llama", dtype)
     sampler = LocalSampler(model, tokenizer, slots=1)
     params = SamplingParams(max_new_tokens=6, temperature=0)
 
@@ -228,6 +183,46 @@ def test_an_optimizer_step_is_noticed(tokenizer):
     first, second = run_sync(play())
     assert (first.policy_version, second.policy_version) == (0, 1)
     assert second.token_ids == generate(model, [1, 2, 3, *first.token_ids, 9], 6)
+
+
+def test_linear_layers_are_prepacked_where_they_can_be(tokenizer):
+    assert LocalSampler(make_model("llama"), tokenizer)._linears is None, "oneDNN has no float64"
+    model = make_model("llama", torch.float32)
+    sampler = LocalSampler(model, tokenizer)
+    assert sampler._linears is not None
+    assert LocalSampler(model, tokenizer, prepack=False)._linears is None
+    [packed] = run_sync(sample_all(sampler, [[1, 2, 3]], SamplingParams(max_new_tokens=5)))
+    plain = LocalSampler(model, tokenizer, prepack=False)
+    [expected] = run_sync(sample_all(plain, [[1, 2, 3]], SamplingParams(max_new_tokens=5)))
+    assert packed.token_ids == expected.token_ids
+    assert packed.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_sessions_close_up_when_slots_become_free(llama, tokenizer):
+    """What is left of a draining batch lies in the lowest slots, and goes on there as if nothing were."""
+    sampler = LocalSampler(llama, tokenizer, slots=4)
+    lengths = [3, 5, 4, 20]
+
+    async def play():
+        sessions = [sampler.session(seed=i) for i in range(4)]
+        slots = []
+
+        async def one(session, length):
+            result = await session.sample([5, 6], SamplingParams(max_new_tokens=length))
+            slots.append(session.slot)
+            session.close()
+            return result
+
+        return await asyncio.gather(*map(one, sessions, lengths)), slots
+
+    results, slots = run_sync(play())
+    assert slots == [0, 2, 1, 0], "the longest moved from slot 3 to slot 0 when that became free"
+    for seed, (result, length) in enumerate(zip(results, lengths, strict=True)):
+        alone = LocalSampler(llama, tokenizer, slots=1)
+        [expected] = run_sync(
+            sample_all(alone, [[5, 6]], SamplingParams(max_new_tokens=length), seeds=[seed])
+        )
+        assert result.token_ids == expected.token_ids
 
 
 def test_more_sessions_than_slots_all_waiting_for_tools(llama, tokenizer):
@@ -316,12 +311,22 @@ def test_bad_requests_say_what_to_do(llama, tokenizer):
 
 
 def test_a_failing_step_reaches_every_turn(llama, tokenizer):
-    def broken(ids, scores):
-        raise ZeroDivisionError("in a processor")
+    def broken(module, inputs):
+        raise ZeroDivisionError("in the forward")
+
+    async def outcomes():
+        sessions = [sampler.session(seed=i) for i in range(3)]
+        turns = (session.sample([i + 1], SamplingParams()) for i, session in enumerate(sessions))
+        return await asyncio.gather(*turns, return_exceptions=True)
 
     sampler = LocalSampler(llama, tokenizer, slots=2)
-    with pytest.raises(SamplerError, match="in a processor"):
-        run_sync(sample_all(sampler, [[1], [2], [3]], SamplingParams(processors=(broken,))))
+    hook = llama.lm_head.register_forward_pre_hook(broken)
+    try:
+        errors = run_sync(outcomes())
+    finally:
+        hook.remove()
+    assert [type(error) for error in errors] == [SamplerError] * 3
+    assert all("in the forward" in str(error) for error in errors)
     assert run_sync(sample_all(sampler, [[1]], SamplingParams(max_new_tokens=2)))[0].token_ids
 
 
@@ -336,6 +341,23 @@ def test_a_cancelled_turn_leaves(llama, tokenizer):
         return await sampler.session(seed=1).sample([3], SamplingParams(max_new_tokens=2))
 
     assert len(run_sync(play()).token_ids) == 2
+
+
+def test_a_session_closed_in_mid_turn_fails_its_turn_only(llama, tokenizer):
+    sampler = LocalSampler(llama, tokenizer, slots=2)
+    params = SamplingParams(max_new_tokens=30)
+
+    async def play():
+        closed = sampler.session(seed=0)
+        turns = [asyncio.create_task(s.sample([1, 2], params)) for s in (closed, sampler.session(seed=1))]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        closed.close()
+        with pytest.raises(SamplerError, match="closed while it sampled"):
+            await turns[0]
+        return await turns[1]
+
+    assert len(run_sync(play()).token_ids) == 30
 
 
 def test_run_sync_inside_a_running_loop(llama, tokenizer):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import NoBadWordsLogitsProcessor, PrefixConstrainedLogitsProcessor
 
 from etude.errors import ConfigError
 from etude.sampling.draw import Row, draw
@@ -43,6 +44,47 @@ def test_a_repetition_penalty_pushes_what_was_there_away(tokenizer):
     penalised = torch.tensor([1.0, 2.0, 2.9, 0.0]).log_softmax(-1)[2]
     assert drawn.sampling_logprobs[0] == pytest.approx(penalised.item())
     assert drawn.logprobs[0] == pytest.approx(logits[0].log_softmax(-1)[2].item())
+
+
+def test_tokens_that_are_allowed_or_forced(tokenizer):
+    params = sampling_params({"allowed_token_ids": [4, 2], "forced_prefix": "ab<call>"}, tokenizer)
+    assert params.allowed_token_ids == (4, 2)
+    assert params.forced_prefix == tuple(tokenizer.encode("ab<call>"))
+    assert len(params.forced_prefix) == 3, "an added token stays whole"
+    assert sampling_params({"forced_prefix": [5, 6]}, tokenizer).forced_prefix == (5, 6)
+    neutral = sampling_params({"allowed_token_ids": None, "repetition_penalty": None}, tokenizer)
+    assert neutral == sampling_params(None, tokenizer)
+
+
+def test_processors_come_in_the_order_of_transformers(tokenizer):
+    def own(ids, scores):
+        return scores
+
+    given = {
+        "logits_processor": [own],
+        "prefix_allowed_tokens_fn": lambda i, ids: [1],
+        "bad_words_ids": [[1]],
+    }
+    bad_words, constrained, last = sampling_params(given, tokenizer).processors
+    assert isinstance(bad_words, NoBadWordsLogitsProcessor)
+    assert isinstance(constrained, PrefixConstrainedLogitsProcessor)
+    assert last is own
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected a finite"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": [3, -1]}, "allowed_token_ids has -1"),
+        ({"forced_prefix": [-2]}, "forced_prefix has -2"),
+        ({"forced_prefix": "abc", "max_new_tokens": 3}, "has 3 tokens and max_new_tokens is 3"),
+    ],
+)
+def test_values_out_of_range(tokenizer, given, message):
+    with pytest.raises(ValueError, match=message):
+        sampling_params(given, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from etude.environments.text import TextEnvironment
 from etude.errors import CheckpointError, ConfigError, DataError, RewardError
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory
 from etude.sampling.generate import continue_all
 from etude.trainers.ppo import PPOTrainer
@@ -100,6 +101,34 @@ def test_a_run_from_beginning_to_end(make_trainer, tmp_path, tokenizer):
     for name, parameter in reloaded.state_dict().items():
         torch.testing.assert_close(parameter, trainer.model.state_dict()[name])
     assert run.read_config()["learning_rate"] == 3e-3
+
+
+def test_the_sampler_says_its_sizes_at_the_start(make_trainer, tmp_path, capsys):
+    trainer = make_trainer(steps=8, slots=3, cache_bytes="1MiB", disable_progress=False)
+    trainer.train()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == trainer.sampler.describe()
+    assert first.startswith("sampler: 3 slots × up to ")
+    assert trainer.sampler.limits.budget == 1 << 20
+    assert first.endswith(RunDirectory(tmp_path / "run").read_summary()["sampler"])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_session_held_open_over_an_update(make_trainer, keep):
+    """Its keys and values go, unless the run says otherwise; the version counts updates either way."""
+    trainer = make_trainer(steps=8, keep_cache=keep, load_best_model_at_end=False)
+    sampler, params = trainer.sampler, SamplingParams(max_new_tokens=4)
+
+    async def first():
+        session = sampler.session(seed=0)
+        return session, await session.sample([5, 6, 7], params)
+
+    session, turn = run_sync(first())
+    trainer.train()
+    fed = sampler.tokens_fed
+    again = run_sync(session.sample([8], params))
+    assert (turn.policy_version, again.policy_version) == (0, 1)
+    assert sampler.tokens_fed - fed == 3 + (2 if keep else 3 + 4 + 1)
 
 
 def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path):

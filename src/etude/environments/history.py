@@ -82,11 +82,12 @@ class TextHistory:
 
     @property
     def _runs(self) -> list[list[Segment]]:
-        """The episode's segments, those of a tool and its frame together: TRL has one segment for them."""
+        """The episode's segments as TRL has them: a tool and its frame are one, and so is a model's turn."""
         runs: list[list[Segment]] = []
         for segment in self.episode.segments:
             answers = segment.source in ("tool", "environment")
-            if runs and answers and runs[-1][0].source in ("tool", "environment"):
+            answering = answers and runs and runs[-1][0].source in ("tool", "environment")
+            if answering or (runs and segment.completes(runs[-1][-1])):
                 runs[-1].append(segment)
             else:
                 runs.append([segment])

@@ -48,7 +48,8 @@ class Lockstep(ABC):
             session = self.sampler.session(seed=seed)
             sampled = await session.sample(history.episode.token_ids, self.params)
             session.close()
-            history.episode.append(sampled.segment())
+            for segment in sampled.segments():
+                history.episode.append(segment)
 
         async def turns() -> None:
             active = [history for history in histories if not history.completed]
@@ -82,7 +83,7 @@ class Lockstep(ABC):
         last = history.episode.segments[-1]
         if last.source != "model":
             return False, False
-        parsed = self.protocol.parse(last.text)
+        parsed = self.protocol.parse(history.last_text_segment)
         ended = parsed.submitted or self.tokenizer.eos_token_id in last.token_ids
         return False, ended or (model_turn and not parsed.calls)
 

@@ -66,7 +66,8 @@ class TextEnvironment(Lockstep):
             `max_tool_reponse`); None for no limit.
         max_length: tokens of an episode at most; the model's own limit by default.
         generation_kwargs: `max_new_tokens` (per turn), `temperature`, `top_k`, …; sampling, unless
-            `do_sample=False`. The mapping is not changed.
+            `do_sample=False`. Every turn begins with `forced_prefix`, whose tokens are not sampled: their
+            mask is 0. The mapping is not changed.
         rewards: general rewards, `f(prompts, completions, **columns)` or `Reward`s, alone or in a list.
         max_tool_response_tokens: the same limit in tokens.
         max_tool_calls: per episode at most; a further call ends it.
@@ -74,7 +75,8 @@ class TextEnvironment(Lockstep):
         max_seconds: wall time of an episode, after which it is interrupted; None for no limit.
         protocol: how calls are written; TRL's tags by default.
         sampler: a sampler to use instead of a local one over `model`.
-        slots: episodes that the local sampler decodes at once.
+        slots: episodes that the local sampler decodes at once, at most.
+        cache_bytes: what its keys and values may take, such as "2GiB"; half of the free memory by default.
         seed: of the episodes' random streams; `set_seed` decides it by default.
     """
 
@@ -99,6 +101,7 @@ class TextEnvironment(Lockstep):
         protocol: ToolProtocol | None = None,
         sampler: Sampler | None = None,
         slots: int = 32,
+        cache_bytes: int | str | None = None,
         seed: int | None = None,
     ) -> None:
         if tokenizer is None:
@@ -127,6 +130,7 @@ class TextEnvironment(Lockstep):
         self.generation_kwargs = dict(generation_kwargs or {})
         self.params = sampling_params(self.generation_kwargs, tokenizer, stop=self.protocol.stop)
         self.slots = slots
+        self.cache_bytes = cache_bytes
         self.seed = torch.initial_seed() if seed is None else seed
         self._sampler = sampler
         self._episodes_played = 0
@@ -219,14 +223,15 @@ class TextEnvironment(Lockstep):
     async def _turn(self, episode: Episode, session: Session, limit: int) -> None:
         """One model turn and, if it calls one, its tool's answer."""
         room = limit - len(episode)
-        if room < 1:
+        if room <= len(self.params.forced_prefix):  # nothing could be sampled
             episode.stop = StopReason.MAX_TOKENS
             return
         started = time.monotonic()
         params = replace(self.params, max_new_tokens=min(self.params.max_new_tokens, room))
         sampled = await session.sample(episode.unseen, params)
         _count(episode, "sample", started)
-        episode.append(sampled.segment())
+        for segment in sampled.segments():
+            episode.append(segment)
         parsed = self.protocol.parse(sampled.text)
         episode.stop = self._stop_after_model(episode, sampled, parsed, limit)
         if episode.stop is None:
@@ -286,7 +291,13 @@ class TextEnvironment(Lockstep):
         if self._sampler is None:
             if self.model is None:
                 raise EnvironmentSetupError("this environment has no model and no sampler; pass one of them")
-            self._sampler = LocalSampler(self.model, self.tokenizer, slots=self.slots)
+            self._sampler = LocalSampler(
+                self.model,
+                self.tokenizer,
+                slots=self.slots,
+                max_length=self.max_length,
+                cache_bytes=self.cache_bytes,
+            )
         return self._sampler
 
     @property

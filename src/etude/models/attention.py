@@ -7,9 +7,9 @@ and its queries attend to all the slot holds. One function, so that both compute
 
 The plan travels as an extra keyword of the model's forward, which `transformers` passes down to the
 attention function. Calls without a plan (`generate`, a plain forward) go to the implementation the
-model had before. Families that don't use the attention interface, and layers with features not served
-here (soft-capped scores, attention sinks), are refused by `supports_packing`, which also runs a leak
-test; they take a slower way elsewhere.
+model had before. Soft-capped scores and attention sinks, which the fused kernels don't know, are computed
+explicitly, one sequence at a time. Not covered: families that don't use the attention interface, and
+whatever mixes tokens outside attention (convolutions, recurrent states). `models.packing` refuses those.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from etude.errors import ModelError
 
 PLAN = "packed_plan"  # the keyword under which a plan travels through the model
 _PREFIX = "etude_"
-_UNSERVED = ("softcap", "s_aux", "position_bias")
+_KNOWN_TENSORS = ("position_ids", "cache_position")  # that families hand on, and attention needn't know
 
 
 class SlotCache:
     """Preallocated keys and values: one slot per sequence, for each layer [slots, heads, length, dim].
 
-    Layers allocate when they are first written, since only then are their shapes known. `reserve` makes
-    every slot longer; it copies, so callers grow in large steps.
+    Layers allocate when they are first written, since only then are their shapes known. `resize` copies,
+    so callers grow in large steps.
     """
 
     def __init__(self, slots: int, length: int) -> None:
@@ -47,12 +47,20 @@ class SlotCache:
         self.length = length
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def reserve(self, length: int) -> None:
-        if length <= self.length:
-            return
-        for index, layer in self.layers.items():
-            self.layers[index] = tuple(self._grown(tensor, length) for tensor in layer)  # type: ignore[assignment]
-        self.length = length
+    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
+        """Have `slots` slots of `length` tokens; slot i goes on with what slot `kept[i]` held.
+
+        Tensor by tensor, each given up before the next is copied: beside the cache itself, as it was or as
+        it becomes, there is never more than one of its tensors.
+        """
+        if not kept:
+            self.layers.clear()
+        for index in self.layers:
+            for part in (0, 1):
+                keys_values = list(self.layers[index])
+                keys_values[part] = self._resized(keys_values[part], slots, length, kept)
+                self.layers[index] = (keys_values[0], keys_values[1])
+        self.slots, self.length = slots, length
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots_T: Tensor, positions_T: Tensor) -> None:
         """Write `key` and `value` [heads, T, dim] at (slot, position) of each of the T tokens."""
@@ -75,10 +83,12 @@ class SlotCache:
     def _empty(self, like: Tensor) -> Tensor:
         return like.new_zeros(self.slots, like.shape[0], self.length, like.shape[-1])
 
-    def _grown(self, tensor: Tensor, length: int) -> Tensor:
-        grown = tensor.new_zeros(tensor.shape[0], tensor.shape[1], length, tensor.shape[3])
-        grown[:, :, : self.length] = tensor
-        return grown
+    def _resized(self, tensor: Tensor, slots: int, length: int, kept: Sequence[int]) -> Tensor:
+        resized = tensor.new_zeros(slots, tensor.shape[1], length, tensor.shape[3])
+        both = min(length, self.length)
+        for new, old in enumerate(kept):
+            resized[new, :, :both] = tensor[old, :, :both]
+        return resized
 
 
 @dataclass
@@ -90,6 +100,7 @@ class PackedPlan:
         past: tokens of each sequence already in the cache (all 0 without one).
         cache, slots: the cache and each sequence's slot in it; None and empty in training.
         positions_T, slots_T: of each token, its position in its sequence and its slot.
+        windows: the sliding window that each layer asked for, written as the step runs.
     """
 
     lengths: Sequence[int]
@@ -99,6 +110,7 @@ class PackedPlan:
     device: torch.device | str = "cpu"
     positions_T: Tensor = field(init=False)
     slots_T: Tensor = field(init=False)  # empty without a cache
+    windows: dict[int, int | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.past = self.past or [0] * len(self.lengths)
@@ -143,9 +155,11 @@ class PackedPlan:
             return None
         lengths = torch.ones(count, dtype=torch.long)  # holes look at one key and are thrown away
         lengths[torch.tensor(slots) - first] = torch.tensor(seen)
-        tokens = torch.tensor([self.starts[i] for i in rows], device=self.device)
+        starts = [self.starts[i] for i in rows]
+        tokens = torch.tensor(starts, device=self.device)
         places = torch.tensor(slots, device=self.device) - first
-        return Decoding(set(rows), first, count, width, tokens, places, lengths.to(self.device))
+        dense = starts == list(range(count)) and slots == list(range(first, first + count))
+        return Decoding(set(rows), first, count, width, tokens, places, lengths.to(self.device), dense)
 
 
 @dataclass
@@ -169,6 +183,7 @@ class Decoding:
     tokens: Tensor  # [R], places in the flat step
     places: Tensor  # [R], places in the block
     lengths: Tensor  # [count]
+    dense: bool  # the step's first `count` tokens, in the order of the block and without holes
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
@@ -192,13 +207,14 @@ class StaticPlan:
         width: keys that every row is given, the ones after its own position masked.
         positions_T: of each row's token.
         slots_T: where each row writes: its own slot, or, if it takes no part, one that nobody reads.
+        windows: the sliding window that each layer asked for, written as the step runs.
     """
 
     cache: SlotCache
     width: int
     positions_T: Tensor
     slots_T: Tensor
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(init=False, default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -209,13 +225,31 @@ class StaticPlan:
         """[1, T]"""
         return self.positions_T.unsqueeze(0)
 
-    def mask(self, window: int | None) -> Tensor:
-        """[T, 1, 1, width], true where a row's token may look."""
-        if window not in self.masks:
-            age = self.positions_T[:, None] - torch.arange(self.width, device=self.device)
-            visible = age >= 0 if not window else (age >= 0) & (age < window)
-            self.masks[window] = visible[:, None, None]
-        return self.masks[window]
+    @cached_property
+    def decoding(self) -> Decoding:
+        """All rows, in order and without holes."""
+        count = len(self.positions_T)
+        rows = torch.arange(count, device=self.device)
+        return Decoding(set(range(count)), 0, count, self.width, rows, rows, self.positions_T + 1, dense=True)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is done to q·k before the softmax, and beside it.
+
+    Attributes:
+        scaling: the factor of q·k; 1/√d if None.
+        softcap: scores are squashed into ±softcap, softcap · tanh(score / softcap) (Gemma 2).
+        sinks_H: per head, the score of a key that every query sees and that has no value (GPT-OSS).
+    """
+
+    scaling: float | None = None
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and self.sinks_H is None
 
 
 def packed_attention(
@@ -227,60 +261,72 @@ def packed_attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **unserved: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> Tensor:
     """Attention of each sequence in a flat step. `query` [1, H, T, d], `key`/`value` [1, H_kv, T, d].
 
     Without dropout, whatever the model's mode: a policy's update needs the very distribution that sampled.
 
     Returns [1, T, H, d], the layout that attention functions of `transformers` return.
+
+    Raises:
+        ModelError: the layer hands over a tensor that is not known here (a position bias, say).
     """
-    for name in _UNSERVED:
-        if unserved.get(name) is not None:
+    for name, tensor in others.items():
+        if isinstance(tensor, Tensor) and name not in _KNOWN_TENSORS:
             raise ModelError(f"packed attention doesn't serve {name!r} ({type(module).__name__})")
     query, key, value = query[0], key[0], value[0]
+    scores = Scores(scaling, softcap, s_aux)
+    layer: int | None = getattr(module, "layer_idx", None)
+    if layer is not None:
+        plan.windows[layer] = sliding_window
     if plan.cache is None:
-        output = _attend_to_self(query, key, value, plan, scaling, sliding_window)
+        assert isinstance(plan, PackedPlan)
+        output = _attend_to_self(query, key, value, plan, scores, sliding_window)
+    elif layer is None:
+        raise ModelError(f"{type(module).__name__} has no layer_idx, by which the cache keeps its keys")
     else:
-        layer: int = module.layer_idx  # type: ignore[assignment]
         plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
-        attend = _attend_in_block if isinstance(plan, StaticPlan) else _attend_to_cache
-        output = attend(query, *plan.cache.layers[layer], plan, scaling, sliding_window)  # type: ignore[arg-type]
-    return output.transpose(0, 1).unsqueeze(0)
+        keys, values = plan.cache.layers[layer]
+        if isinstance(plan, StaticPlan):
+            output = _attend_block(query, keys, values, plan.decoding, scores, sliding_window)
+        else:
+            output = _attend_to_cache(query, keys, values, plan, scores, sliding_window)
+    return output.transpose(0, 1).contiguous().unsqueeze(0)  # some families take a view of it
 
 
 def _attend_to_self(
-    q: Tensor, k: Tensor, v: Tensor, plan: PackedPlan, scaling: float | None, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, plan: PackedPlan, scores: Scores, window: int | None
 ) -> Tensor:
     """Training: each sequence attends to its own tokens. [H, T, d] in and out."""
     cells = plan.rectangle
-    if cells is None or (window and window < cells.width):
+    if cells is None or not scores.plain or (window and window < cells.width):
         parts = zip(*(tensor.split(list(plan.lengths), dim=1) for tensor in (q, k, v)), strict=True)
-        return torch.cat([_attend(q, k, v, scaling, window) for q, k, v in parts], dim=1)
+        return torch.cat([_attend(q, k, v, scores, window) for q, k, v in parts], dim=1)
     q_BHLd, k_BHLd, v_BHLd = (
         tensor[:, cells.tokens].unflatten(1, (cells.rows, cells.width)).transpose(0, 1)
         for tensor in (q, k, v)
     )
     out = scaled_dot_product_attention(
-        q_BHLd, k_BHLd, v_BHLd, scale=scaling, is_causal=True, enable_gqa=q.shape[0] != k.shape[0]
+        q_BHLd, k_BHLd, v_BHLd, scale=scores.scaling, is_causal=True, enable_gqa=q.shape[0] != k.shape[0]
     )
     return out.transpose(0, 1).flatten(1, 2)[:, cells.cells_T]
 
 
 def _attend_to_cache(
-    q: Tensor, keys: Tensor, values: Tensor, plan: PackedPlan, scaling: float | None, window: int | None
+    q: Tensor, keys: Tensor, values: Tensor, plan: PackedPlan, scores: Scores, window: int | None
 ) -> Tensor:
     """Sampling: each sequence attends to its slot of `keys`/`values` [slots, H_kv, length, d]."""
-    out = q.new_empty(*q.shape[:2], values.shape[-1])
     together = plan.decoding
     if together is not None:
-        block = slice(together.first, together.first + together.count)
-        k, v = keys[block, :, : together.width], values[block, :, : together.width]
-        q_block = q.new_zeros(together.count, *q[:, 0].shape)
-        q_block[together.places] = q[:, together.tokens].transpose(0, 1)
-        grouped = q_block.unflatten(1, (keys.shape[1], -1))  # heads that share keys are stacked as queries
-        attended = scaled_dot_product_attention(grouped, k, v, attn_mask=together.mask(window), scale=scaling)
-        out[:, together.tokens] = attended.flatten(1, 2)[together.places].transpose(0, 1)
+        decoded = _attend_block(q, keys, values, together, scores, window)
+        if len(together.members) == len(plan.lengths) and together.dense:
+            return decoded
+    out = q.new_empty(*q.shape[:2], values.shape[-1])
+    if together is not None:
+        out[:, together.tokens] = decoded
     for i, (start, length, past, slot) in enumerate(
         zip(plan.starts, plan.lengths, plan.past, plan.slots, strict=True)
     ):
@@ -290,30 +336,35 @@ def _attend_to_cache(
         seen = slice(first, past + length)
         part = q[:, start : start + length]
         out[:, start : start + length] = _attend(
-            part, keys[slot, :, seen], values[slot, :, seen], scaling, window
+            part, keys[slot, :, seen], values[slot, :, seen], scores, window
         )
     return out
 
 
-def _attend_in_block(
-    q: Tensor, keys: Tensor, values: Tensor, plan: StaticPlan, scaling: float | None, window: int | None
+def _attend_block(
+    q: Tensor, keys: Tensor, values: Tensor, block: Decoding, scores: Scores, window: int | None
 ) -> Tensor:
-    """Static decoding: row i of `q` [H, T, d] attends to slot i."""
-    block = (slice(q.shape[1]), slice(None), slice(plan.width))
-    grouped = q.transpose(0, 1).unflatten(1, (keys.shape[1], -1))  # heads that share keys, as queries
-    mask = plan.mask(window)
-    out = scaled_dot_product_attention(grouped, keys[block], values[block], attn_mask=mask, scale=scaling)
-    return out.flatten(1, 2).transpose(0, 1)
+    """The rows that add one token each, in one call over their neighbouring slots. [H, R, d]"""
+    slots = slice(block.first, block.first + block.count)
+    k, v = keys[slots, :, : block.width], values[slots, :, : block.width]
+    if block.dense:
+        q_block = q[:, : block.count].transpose(0, 1)
+    else:
+        q_block = q.new_zeros(block.count, *q[:, 0].shape)
+        q_block[block.places] = q[:, block.tokens].transpose(0, 1)
+    grouped = q_block.unflatten(1, (keys.shape[1], -1))  # heads that share keys are stacked as queries
+    out = _grouped(grouped, k, v, block.mask(window), scores).flatten(1, 2)
+    return (out if block.dense else out[block.places]).transpose(0, 1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, window: int | None) -> Tensor:
     """One sequence: `q` [H, n, d] are its last n positions, `k`/`v` [H_kv, m, d] all that they may see."""
     heads, n, dim = q.shape
     kv_heads, m = k.shape[0], k.shape[1]
-    if n == m and n > 1 and not (window and window < m):
+    if scores.plain and n == m and n > 1 and not (window and window < m):
         gqa = heads != kv_heads
         return scaled_dot_product_attention(
-            q[None], k[None], v[None], scale=scaling, is_causal=True, enable_gqa=gqa
+            q[None], k[None], v[None], scale=scores.scaling, is_causal=True, enable_gqa=gqa
         )[0]
     # Query heads that share a key head are stacked as more queries of it: no copy of keys is made.
     groups = heads // kv_heads
@@ -323,8 +374,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int 
         mask = age >= 0 if not window else (age >= 0) & (age < window)
         mask = mask.repeat(groups, 1)
     stacked = q.reshape(kv_heads, groups * n, dim)
-    out = scaled_dot_product_attention(stacked[None], k[None], v[None], attn_mask=mask, scale=scaling)
+    out = _grouped(stacked[None], k[None], v[None], mask, scores)
     return out.reshape(heads, n, v.shape[-1])
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """`q` [B, H_kv, G·n, d], where G query heads of n positions each lie under the key head they share."""
+    if scores.plain:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scaling)
+    scaling = q.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
+    logits = q @ k.transpose(-1, -2) * scaling
+    if scores.softcap is not None:
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    total = logits.logsumexp(-1, keepdim=True)
+    if scores.sinks_H is not None:
+        sinks = scores.sinks_H.to(logits.dtype).unflatten(0, (q.shape[1], -1))
+        repeats = q.shape[-2] // sinks.shape[1]
+        total = torch.logaddexp(total, sinks.repeat_interleave(repeats, dim=1).unsqueeze(-1))
+    return (logits - total).exp().to(v.dtype) @ v
 
 
 def install(model: PreTrainedModel) -> None:
@@ -375,45 +445,3 @@ def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan | StaticPl
         "use_cache": False,
         PLAN: plan,
     }
-
-
-@torch.no_grad()
-def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether a flat step gives this model the numbers that separate forwards give.
-
-    The leak test behind it: two sequences packed together, then one of them changed, must each come out
-    as they do alone; and continued from a cache, as they do at once. On True the attention is installed.
-    """
-    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
-        return False
-    install(model)
-    device, vocab = model.device, model.config.get_text_config().vocab_size
-    training = model.training
-    model.eval()
-    try:
-        a, b, c = ([(7 * i + k) % vocab for i in range(n)] for n, k in ((5, 1), (8, 2), (5, 3)))
-        alone = [
-            model(torch.tensor([ids], device=device), use_cache=False).logits[0].float() for ids in (a, b, c)
-        ]
-        for first, expected in ((a, alone[0]), (c, alone[2])):
-            plan = PackedPlan([len(first), len(b)], device=device)
-            packed = model(**packed_inputs(first + b, plan)).logits[0].float()
-            if not _close(packed, torch.cat([expected, alone[1]]), model.dtype):
-                return False
-        cache = SlotCache(slots=2, length=16)
-        for start, end in ((0, 3), (3, 7), (7, 8)):
-            plan = PackedPlan([end - start], past=[start], cache=cache, slots=[1], device=device)
-            packed = model(**packed_inputs(b[start:end], plan)).logits[0].float()
-            if not _close(packed, alone[1][start:end], model.dtype):
-                return False
-    except (ModelError, TypeError):  # a feature not served here; a forward that takes no extra keywords
-        return False
-    finally:
-        model.train(training)
-    return True
-
-
-def _close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Far above rounding, far below a leak."""
-    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))

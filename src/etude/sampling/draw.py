@@ -3,20 +3,24 @@
 Each row draws from its own stream, a pure function of (seed, position): what a row samples doesn't
 depend on which rows it shared a batch with. The distribution is inverted (one cumulative sum, one search)
 rather than handed to `torch.multinomial`, which is several times slower and draws from a global state.
+
+Not covered: what cuts a distribution before it is drawn from (`cuts`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from etude.types import SamplingParams
+from etude.errors import SamplerError
+from etude.sampling.cuts import Row, edit, edits_in_force, on_rows, warp
 
 _MASK = (1 << 64) - 1
+_BLOCK = 128  # tokens
 
 
 def mix(*words: int) -> int:
@@ -36,54 +40,34 @@ def uniform(seed: int, position: int) -> float:
 
 
 @dataclass(slots=True)
-class Row:
-    """What one row's draw depends on.
-
-    Attributes:
-        params: of the turn.
-        seed: of the session's stream.
-        position: of the token to be drawn: the number of tokens so far.
-        history: gives the tokens so far, [1, position], to processors.
-        generated: tokens sampled in this turn so far.
-    """
-
-    params: SamplingParams
-    seed: int
-    position: int
-    history: Callable[[], Tensor]
-    generated: int
-
-
-@dataclass(slots=True)
 class Drawn:
-    """Per row: token ids, and their log-probabilities before and after the distribution was cut."""
+    """Per row: token ids, and their log-probabilities before and after the distribution was cut.
+
+    `failures` has the rows from which nothing could be drawn; what the lists say of them means nothing.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     sampling_logprobs: list[float]
+    failures: dict[int, SamplerError] = field(default_factory=dict)
 
 
 def draw(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
     """Sample one token per row from `logits_RV` (float32 or float64, [rows, vocabulary])."""
     if logits_RV.dtype not in (torch.float32, torch.float64):
         logits_RV = logits_RV.float()
-    temperatures = [row.params.temperature or 1.0 for row in rows]
-    base_RV = logits_RV
-    if any(t != 1.0 for t in temperatures):
-        base_RV = logits_RV / logits_RV.new_tensor(temperatures)[:, None]
-    base_RV = base_RV.log_softmax(-1)
-    cut_RV = _cut(logits_RV, base_RV, rows, temperatures)
-
-    greedy = [row.params.temperature == 0 for row in rows]
-    if all(greedy):
-        tokens_R = cut_RV.argmax(-1)
-    else:
-        tokens_R = _invert(cut_RV, rows)
-        if any(greedy):
-            tokens_R = torch.where(torch.tensor(greedy, device=tokens_R.device), cut_RV.argmax(-1), tokens_R)
-    logprobs = base_RV.gather(-1, tokens_R[:, None])[:, 0].tolist()
-    sampling = logprobs if cut_RV is base_RV else cut_RV.gather(-1, tokens_R[:, None])[:, 0].tolist()
-    return Drawn(tokens_R.tolist(), logprobs, sampling)
+    scaled_RV = _scale(logits_RV, rows)
+    scores_RV, failures = _edited(logits_RV, scaled_RV, rows)
+    scores_RV = warp(scores_RV, rows)
+    tokens_R1, sampling_R1 = _choose(scores_RV, rows)
+    sampling = sampling_R1[:, 0].tolist()
+    logprobs = sampling
+    if scores_RV is not scaled_RV:
+        logprobs = scaled_RV.log_softmax(-1).gather(-1, tokens_R1)[:, 0].tolist()
+    for i, row in enumerate(rows):
+        if sampling[i] != sampling[i]:  # NaN, and so are all of the row's: it has no distribution
+            failures.setdefault(i, _undrawable(row, of_model=logprobs[i] != logprobs[i]))
+    return Drawn(tokens_R1[:, 0].tolist(), logprobs, sampling, failures)
 
 
 def draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
@@ -96,60 +80,86 @@ def draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
         [one.token_ids[0] for one in each],
         [one.logprobs[0] for one in each],
         [one.sampling_logprobs[0] for one in each],
+        {i: one.failures[0] for i, one in enumerate(each) if one.failures},
     )
 
 
-def _invert(logprobs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """The first token whose cumulative probability exceeds the row's random number."""
-    cdf_RV = logprobs_RV.exp().cumsum(-1)
-    u_R = cdf_RV.new_tensor([uniform(row.seed, row.position) for row in rows])
-    total_R = cdf_RV[:, -1]
-    # Strictly below the total, so that rounding can't step past the last token that has any mass.
-    threshold_R = torch.minimum(u_R * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
-    return torch.searchsorted(cdf_RV, threshold_R[:, None], right=True)[:, 0]
+def _scale(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Divide by the temperature; `logits_RV` itself where that changes nothing."""
+    temperatures = [row.params.temperature or 1.0 for row in rows]
+    if all(t == 1 for t in temperatures):
+        return logits_RV
+    return logits_RV / logits_RV.new_tensor(temperatures)[:, None]
 
 
-def _cut(logits_RV: Tensor, base_RV: Tensor, rows: Sequence[Row], temperatures: list[float]) -> Tensor:
-    """Log-probabilities of the distribution really sampled from; `base_RV` itself where nothing is cut."""
-    changed = [
-        i
-        for i, row in enumerate(rows)
-        if row.params.processors
-        or row.params.top_k
-        or row.params.top_p < 1
-        or row.params.min_p
-        or (row.generated < row.params.min_new_tokens and row.params.eos_token_ids)
-    ]
-    if not changed:
-        return base_RV
-    scores = torch.stack([_cut_row(logits_RV[i], rows[i], temperatures[i]) for i in changed]).log_softmax(-1)
-    if len(changed) == len(rows):
-        return scores
-    return base_RV.index_copy(0, torch.tensor(changed, device=base_RV.device), scores)
+def _edited(
+    logits_RV: Tensor, scaled_RV: Tensor, rows: Sequence[Row]
+) -> tuple[Tensor, dict[int, SamplerError]]:
+    """The scaled logits, those of edited rows scaled after their edit, and failures by row."""
+    which = [i for i, row in enumerate(rows) if row.is_edited]
+    if not which:
+        return scaled_RV, {}
+    part = [rows[i] for i in which]
+    edited_RV = logits_RV[which]  # a copy, to be written into
+    failures = edit(edited_RV, part)
+    scores_RV = on_rows(scaled_RV, which, lambda _: _scale(edited_RV, part))
+    return scores_RV, {which[i]: failure for i, failure in failures.items()}
 
 
-def _cut_row(logits_V: Tensor, row: Row, temperature: float) -> Tensor:
-    """Processors, minimum length, temperature, top-k, top-p, min-p: the order of `transformers`."""
-    params = row.params
-    scores_V = logits_V
-    if params.processors:
-        scores_1V = logits_V[None].clone()  # a processor may write into it
-        for processor in params.processors:
-            scores_1V = processor(row.history(), scores_1V)
-        scores_V = scores_1V[0]
-    if temperature != 1.0:
-        scores_V = scores_V / temperature
-    if row.generated < params.min_new_tokens and params.eos_token_ids:
-        eos = torch.tensor(params.eos_token_ids, device=scores_V.device)
-        scores_V = scores_V.index_fill(0, eos, -torch.inf)
-    if params.top_k and params.top_k < scores_V.numel():
-        scores_V = scores_V.masked_fill(scores_V < scores_V.topk(params.top_k).values[-1], -torch.inf)
-    if params.top_p < 1:
-        sorted_V, order_V = scores_V.sort(descending=True)
-        probs_V = sorted_V.softmax(-1)
-        mass_before_V = probs_V.cumsum(-1) - probs_V
-        scores_V = scores_V.index_fill(0, order_V[mass_before_V >= params.top_p], -torch.inf)
-    if params.min_p:
-        least = scores_V.max() + math.log(params.min_p)
-        scores_V = scores_V.masked_fill(scores_V < least, -torch.inf)
-    return scores_V
+def _choose(scores_RV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """A token per row and its log-probability, both [R, 1]."""
+    greedy = [row.params.temperature == 0 for row in rows]
+    if all(greedy):
+        tokens_R1 = scores_RV.argmax(-1, keepdim=True)
+        return tokens_R1, scores_RV.log_softmax(-1).gather(-1, tokens_R1)
+    # Not the exponential of a log-softmax, which is slow where most of a row is -inf. What was drawn is
+    # likely enough for its probability's logarithm to be exact.
+    probs_RV = scores_RV.softmax(-1)
+    tokens_R1 = _invert(probs_RV, rows)
+    if any(greedy):
+        is_greedy_R1 = torch.tensor(greedy, device=scores_RV.device)[:, None]
+        tokens_R1 = torch.where(is_greedy_R1, scores_RV.argmax(-1, keepdim=True), tokens_R1)
+    return tokens_R1, probs_RV.gather(-1, tokens_R1).log()
+
+
+def _invert(probs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The first token whose cumulative probability exceeds the row's random number, [R, 1].
+
+    In two steps, first the block of tokens and then the token in it: only a row's sums over blocks and one
+    block of it are accumulated.
+    """
+    vocabulary = probs_RV.shape[-1]
+    if vocabulary % _BLOCK:
+        probs_RV = pad(probs_RV, (0, _BLOCK - vocabulary % _BLOCK))
+    probs_RKB = probs_RV.unflatten(-1, (-1, _BLOCK))
+    u_R1 = probs_RV.new_tensor([[uniform(row.seed, row.position)] for row in rows])
+    upto_RK = probs_RKB.sum(-1).cumsum(-1)
+    threshold_R1 = u_R1 * upto_RK[:, -1:]
+    block_R1 = _first_above(upto_RK, threshold_R1)
+    before_R1 = pad(upto_RK, (1, 0)).gather(-1, block_R1)
+    index_R1B = block_R1[:, :, None].expand(-1, -1, _BLOCK)
+    within_RB = probs_RKB.gather(1, index_R1B)[:, 0].cumsum(-1)
+    return (block_R1 * _BLOCK + _first_above(within_RB, threshold_R1 - before_R1)).clamp(max=vocabulary - 1)
+
+
+def _first_above(upto_RN: Tensor, threshold_R1: Tensor) -> Tensor:
+    """Where a running sum first exceeds a threshold, [R, 1].
+
+    The threshold is kept strictly below the total, so that rounding can't step past the last token that
+    has any mass. A row of NaN is searched to its end.
+    """
+    total_R1 = upto_RN[:, -1:]
+    below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
+    first_R1 = torch.searchsorted(upto_RN, torch.minimum(threshold_R1, below_R1), right=True)
+    return first_R1.clamp(max=upto_RN.shape[-1] - 1)
+
+
+def _undrawable(row: Row, *, of_model: bool) -> SamplerError:
+    if of_model:
+        return SamplerError(
+            "the model's logits have a NaN or +inf, or are all -inf: there is nothing to draw from; "
+            "look at the weights, and at the precision they are computed in"
+        )
+    return SamplerError(
+        f"no token can be drawn: after {edits_in_force(row)} the scores have a NaN or +inf, or are all -inf"
+    )

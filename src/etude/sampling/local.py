@@ -16,21 +16,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from os.path import commonprefix
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
-from etude.errors import CacheBudgetError, SamplerError
+from etude.errors import CacheBudgetError, ConfigError, SamplerError
 from etude.models.loading import trunk_of
-from etude.sampling.backends import Feed, choose_backend
+from etude.models.packing import rotary_switch
+from etude.models.prepacked import PrepackedLinears
+from etude.sampling.backends import choose_backend, free_memory
 from etude.sampling.draw import draw, draw_each
+from etude.sampling.feeds import Feed
+from etude.sampling.memory import CacheLimits, parse_size
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
+from etude.sampling.static import StaticBackend
 from etude.sampling.stop import StopStrings, token_texts
+from etude.sampling.weights import WeightWatch
 from etude.types import FinishReason, Sampled, SamplingParams
 
 
@@ -41,18 +48,32 @@ class LocalSampler:
         model: a causal language model; value-head, adapter and accelerate wrappers are looked through,
             so that it samples from the very weights that are trained.
         tokenizer: for stop strings and the text of a turn.
-        slots: turns that are decoded at once, and sessions that keep their cache.
-        max_length: tokens a session can hold; the model's own limit by default.
+        slots: turns that are decoded at once, and sessions that keep their cache; at most.
+        max_length: tokens a session can hold; the model's own limit by default (with LongRoPE the length
+            at which its embeddings switch: beyond it every token costs a forward of the whole session).
+        cache_bytes: what keys and values may take, as a number or a text such as "2GiB". By default half of
+            the memory that is free now, and always enough for one session.
+        keep_cache: sessions keep keys and values that were computed before the weights changed. Faster, and
+            no longer exact: such a turn is sampled from a mixture of old and new weights.
         prefill_tokens: prompt tokens fed per step at most, which bounds the memory of a step.
         autocast: the trainer's autocast, so that both compute in the same precision.
+        prepack: keep the linear layers' weights once more, in the layout in which small steps on a CPU run
+            up to three times as fast; None does so where that takes at most a quarter of the free memory.
         deterministic: what a session samples is the same to the last bit, whatever the other sessions,
             their timing and evictions; `etude.sampling.static` says how far that goes. It costs speed: rows
             that stand idle are computed, prompts are fed one by one, and nothing is copied between slots.
-        cuda_graphs: replay decode steps from CUDA graphs; by default where the model is on one CUDA device
-            and runs packed.
+        cuda_graphs: replay decode steps from CUDA graphs. Off unless asked for: no machine with a GPU has
+            run it yet.
 
-    Memory is bounded by `slots` × `max_length` keys and values; slots grow by doubling up to that.
-    CUDA graphs take one slot more; deterministic ones are, besides, rounded up to a multiple of 8.
+    Keys and values never take more than `cache_bytes`, nor more than `slots` sessions of `max_length` need.
+    All slots are as long as the longest session so far needs; where the budget is short, there are fewer of
+    them the longer they get, and sessions wait, or are rebuilt, instead. `describe` says the sizes.
+    With `deterministic` or `cuda_graphs` there are from the start no more slots than the budget holds at
+    full length; one more is for rows that stand idle, and deterministic ones fill up to a multiple of 8.
+
+    Raises:
+        CacheBudgetError: `cache_bytes` doesn't hold one session of `max_length` tokens.
+        ConfigError: `cuda_graphs` for a model that can't have them; `deterministic` with `keep_cache`.
     """
 
     def __init__(
@@ -62,63 +83,102 @@ class LocalSampler:
         *,
         slots: int = 32,
         max_length: int | None = None,
+        cache_bytes: int | str | None = None,
+        keep_cache: bool = False,
         prefill_tokens: int = 4096,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        prepack: bool | None = None,
         deterministic: bool = False,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         if slots < 1 or prefill_tokens < 1:
             raise CacheBudgetError(
                 f"slots is {slots} and prefill_tokens {prefill_tokens}; both must be at least 1"
+            )
+        if deterministic and keep_cache:
+            raise ConfigError(
+                "deterministic=True can't hold with keep_cache=True: what a session keeps over a change of "
+                "the weights depends on who took its slot meanwhile; leave one of them out"
             )
         self.model = trunk_of(model)
         self.tokenizer = tokenizer
         self.slots = slots
         self.prefill_tokens = prefill_tokens
         self.autocast = autocast
+        self.keep_cache = keep_cache
         self.deterministic = deterministic
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 20
-        self.max_length = min(max_length or limit, limit)
+        self.max_length = min(max_length or rotary_switch(self.model) or limit, limit)
         self.policy_version = 0
-        self._parameters = list(self.model.parameters())
-        self._fingerprint = self._weights()
         self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
         self._backend = choose_backend(
-            self.model, slots, self.max_length, deterministic=deterministic, cuda_graphs=cuda_graphs
+            self.model, self.max_length, deterministic=deterministic, cuda_graphs=cuda_graphs
         )
-        self._slots = Slots(slots)
+        self._linears = _prepacked(self.model, prepack)
+        self.limits = self._limits(cache_bytes)
+        self._slots = Slots(self.limits)
+        self._backend.resize(self._slots.count, self._slots.length, kept=[])
+        self._weights = WeightWatch(self.model)
         self._waiting: deque[Turn] = deque()
         self._running: list[Turn] = []
         self._pump: asyncio.Task[None] | None = None
         self._stops: dict[tuple[str, ...], StopStrings] = {}
         self._token_texts: list[str] | None = None
 
+    def _limits(self, cache_bytes: int | str | None) -> CacheLimits:
+        budget = None if cache_bytes is None else parse_size(cache_bytes)
+        with torch.no_grad(), self._evaluating(), self.autocast():
+            cost = self._backend.measure()
+        if budget is None:
+            budget = max(free_memory(self.model.device) // 2, cost.of_session(self.max_length))
+        limits = CacheLimits(self.slots, self.max_length, cost, budget)
+        return self._backend.limits(limits) if isinstance(self._backend, StaticBackend) else limits
+
+    def describe(self) -> str:
+        """The sizes in one line, for the start of a run."""
+        return f"sampler: {self.limits.describe()}"
+
     def session(self, *, seed: int) -> LocalSession:
         return LocalSession(self, seed)
 
     def release(self, session: LocalSession) -> None:
-        """Take back the session's slot, if it has one; its next turn is fed from the start."""
+        """Take back the session's slot, if it has one; a turn that is being sampled in it fails."""
+        if session.busy:
+            for turn in [turn for turn in (*self._running, *self._waiting) if turn.session is session]:
+                self._leave(turn)
+                if not turn.result.done():
+                    turn.result.set_exception(SamplerError("the session was closed while it sampled a turn"))
         self._slots.release(session)
 
     def weights_changed(self) -> None:
-        """Count a new version of the weights; no cache survives it.
+        """Count a new version of the weights. No cache survives it, except by `keep_cache`.
 
-        In-place updates, such as an optimizer's, are noticed without this call.
+        Most changes are noticed without this call, see `sampling.weights`.
         """
-        self._fingerprint = self._weights()
+        self._weights.changed()  # what has changed so far is this version
         self.policy_version += 1
+        if self._linears is not None:
+            self._linears.forget()
+        if self.keep_cache:
+            self._slots.forget_prefixes()  # a new session gets nothing of the old weights
+            return
         for session in self._slots.holders.values():
             session.cached = 0
 
-    def _weights(self) -> int:
-        """Changes whenever a parameter is written in place: torch counts the writes to each tensor."""
-        return sum(parameter._version for parameter in self._parameters)
-
     @property
-    def cache_bytes(self) -> int:
+    def held_bytes(self) -> int:
         """Bytes of keys and values held now."""
         return self._backend.nbytes
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
     async def _sample(
         self, session: LocalSession, token_ids: Sequence[int], params: SamplingParams
@@ -126,7 +186,7 @@ class LocalSampler:
         if session.closed or session.busy:
             state = "closed" if session.closed else "already sampling a turn"
             raise SamplerError(f"this session is {state}; open a new one with sampler.session(seed=…)")
-        total = len(session.token_ids) + len(token_ids)
+        total = len(session.token_ids) + len(token_ids) + len(params.forced_prefix)
         if total == 0:
             raise SamplerError(
                 "nothing to continue: a session needs at least one token before its first turn"
@@ -137,11 +197,17 @@ class LocalSampler:
                 f"the session has {total} tokens and the sampler holds {self.max_length} per session; "
                 "shorten the prompt, or raise max_length up to the model's own limit"
             )
+        if params.forced_prefix:
+            self._check_forced(max(params.forced_prefix))
         session.token_ids.extend(token_ids)
         stop = self._stop_strings(params.stop) if params.stop else None
         future = asyncio.get_running_loop().create_future()
-        limit = min(params.max_new_tokens, room)
+        limit = min(params.max_new_tokens, len(params.forced_prefix) + room)
         turn = Turn(session, params, limit, stop, future)
+        if finish := turn.force():
+            turn.version = self.policy_version
+            self._finish(turn, finish)
+            return future.result()
         session.busy = True
         self._waiting.append(turn)
         if self._pump is None or self._pump.done():
@@ -153,32 +219,38 @@ class LocalSampler:
             if not future.done() or future.cancelled():
                 self._withdraw(turn)
 
+    def _check_forced(self, token: int) -> None:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if token >= vocabulary:
+            raise SamplerError(
+                f"forced_prefix has token {token}; the model's vocabulary ends at {vocabulary - 1}"
+            )
+
     async def _run(self) -> None:
         """Step while there is work; yield between steps, so that finished episodes move on."""
-        training = self.model.training
-        self.model.eval()
-        self._parameters = list(self.model.parameters())
         try:
-            while self._waiting or self._running:
-                self._step()
-                await asyncio.sleep(0)
+            with self._evaluating(), self._weights:
+                while self._waiting or self._running:
+                    self._step()
+                    await asyncio.sleep(0)
         except BaseException as error:  # every turn that waits for this task must hear of it
             self._fail(error)
             if not isinstance(error, Exception):
                 raise
-        finally:
-            self.model.train(training)
 
     @torch.no_grad()
     def _step(self) -> None:
         """Feed every running row what it has not seen, draw a token for those that have seen all."""
-        if self._weights() != self._fingerprint:
+        if self._weights.changed(closely=bool(self._waiting)):
             self.weights_changed()
         self._admit()
         feeds, turns = self._schedule()
+        while (needed := max((feed.end for feed in feeds), default=0)) > self._slots.length:
+            self._grow(needed)
+            feeds, turns = self._schedule()
         if not feeds:
             return
-        with self.autocast():
+        with self.autocast(), nullcontext() if self._linears is None else self._linears.active():
             logits = self._backend.logits(feeds)
         for feed, turn in zip(feeds, turns, strict=True):
             turn.session.cached += len(feed.token_ids)
@@ -204,7 +276,9 @@ class LocalSampler:
             if pending:
                 feeds.append(Feed(session.slot, session.cached, pending))
                 turns.append(turn)
-        return feeds, turns
+        # Rows that decode first and by slot: in this order they are one block of the cache as they stand.
+        order = sorted(range(len(feeds)), key=lambda i: (len(feeds[i].token_ids) > 1, feeds[i].slot))
+        return [feeds[i] for i in order], [turns[i] for i in order]
 
     def _pending(self, session: LocalSession, budget: int) -> list[int]:
         """What the session is fed next; deterministic: its own next piece, whole, while there is budget."""
@@ -231,11 +305,15 @@ class LocalSampler:
 
     def _draw(self, logits: torch.Tensor, turns: list[Turn]) -> None:
         drawn = (draw_each if self.deterministic else draw)(logits, [turn.row() for turn in turns])
-        self.tokens_sampled += len(turns)
+        self.tokens_sampled += len(turns) - len(drawn.failures)
         finished = set()
         rows = zip(turns, drawn.token_ids, drawn.logprobs, drawn.sampling_logprobs, strict=True)
-        for turn, token, logprob, sampling_logprob in rows:
-            if not turn.token_ids:
+        for i, (turn, token, logprob, sampling_logprob) in enumerate(rows):
+            if i in drawn.failures:
+                finished.add(turn)
+                self._fail_turn(turn, drawn.failures[i])
+                continue
+            if not turn.logprobs:
                 turn.version = self.policy_version
             finish = turn.extend(token, logprob, sampling_logprob)
             if finish is not None:
@@ -247,13 +325,35 @@ class LocalSampler:
     def _finish(self, turn: Turn, finish: FinishReason) -> None:
         ids = turn.token_ids[:-1] if finish == "eos" else turn.token_ids
         text = decode(self.tokenizer, ids)
-        sampled = Sampled(turn.token_ids, text, turn.logprobs, turn.sampling_logprobs, finish, turn.version)
+        # A character that forced and sampled tokens share belongs to the sampled part.
+        beginning = decode(self.tokenizer, ids[: turn.forced]) if turn.forced else ""
+        forced = commonprefix([beginning, text])  # noqa: RUF071 (of characters, as it should be)
+        sampled = Sampled(
+            turn.token_ids,
+            text,
+            turn.logprobs,
+            turn.sampling_logprobs,
+            finish,
+            turn.version,
+            forced=turn.forced,
+            forced_text=forced,
+        )
         turn.session.idle_since = self.steps
         if not turn.result.done():
             turn.result.set_result(sampled)
 
+    def _grow(self, needed: int) -> None:
+        """Make slots longer. Turns whose session loses its slot by that wait, before all others."""
+        kept = self._slots.grow(needed)
+        self._backend.resize(self._slots.count, self._slots.length, kept)
+        evicted = [turn for turn in self._running if turn.session.slot is None]
+        self._running = [turn for turn in self._running if turn.session.slot is not None]
+        self._waiting.extendleft(reversed(evicted))
+
     def _admit(self) -> None:
         """Waiting turns become running ones: those whose session kept its slot, others while slots last."""
+        if self._slots.restart():
+            self._backend.resize(self._slots.count, self._slots.length, kept=[])
         still_waiting: deque[Turn] = deque()
         for turn in self._waiting:
             if turn.session.slot is None and not self._slots.take(
@@ -263,24 +363,40 @@ class LocalSampler:
             else:
                 self._running.append(turn)
         self._waiting = still_waiting
+        if not self._waiting and not isinstance(self._backend, StaticBackend):  # which reads holes anyway
+            self._close_up()
+
+    def _close_up(self) -> None:
+        """Nobody waits for the slots that became free: fill them from above, so that steps read no holes."""
+        while (hole := self._slots.hole()) is not None:
+            session, target = hole
+            assert session.slot is not None
+            if not self._backend.copy(session.slot, target, session.cached):
+                return
+            self._slots.move(session, target)
 
     def _withdraw(self, turn: Turn) -> None:
         """A turn that nobody waits for any more leaves, and its session with it."""
-        if turn in self._waiting:
-            self._waiting.remove(turn)
-        if turn in self._running:
-            self._running.remove(turn)
+        self._leave(turn)
         turn.session.close()
+
+    def _leave(self, turn: Turn) -> None:
+        for turns in (self._waiting, self._running):
+            if turn in turns:
+                turns.remove(turn)
 
     def _fail(self, error: BaseException) -> None:
         for turn in [*self._running, *self._waiting]:
-            if not turn.result.done():
-                failure = SamplerError(f"the sampler stopped: {error!r}")
-                failure.__cause__ = error
-                turn.result.set_exception(failure)
-            turn.session.close()
+            failure = SamplerError(f"the sampler stopped: {error!r}")
+            failure.__cause__ = error
+            self._fail_turn(turn, failure)
         self._running.clear()
         self._waiting.clear()
+
+    def _fail_turn(self, turn: Turn, failure: SamplerError) -> None:
+        if not turn.result.done():
+            turn.result.set_exception(failure)
+        turn.session.close()
 
     def _stop_strings(self, strings: tuple[str, ...]) -> StopStrings:
         if strings not in self._stops:
@@ -288,3 +404,11 @@ class LocalSampler:
                 self._token_texts = token_texts(self.tokenizer)
             self._stops[strings] = StopStrings(self.tokenizer, strings, self._token_texts)
         return self._stops[strings]
+
+
+def _prepacked(model: nn.Module, wanted: bool | None) -> PrepackedLinears | None:
+    if wanted is False:
+        return None
+    linears = PrepackedLinears(model)
+    too_big = wanted is None and linears.nbytes > free_memory(torch.device("cpu")) // 4
+    return None if linears.nbytes == 0 or too_big else linears

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    NoBadWordsLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedTokenizerBase,
+)
 
+from etude.data.encoding import encode_control
 from etude.errors import ConfigError
 from etude.types import SamplingParams
 
@@ -20,6 +25,10 @@ _TAKEN = {
     "top_p",
     "min_p",
     "repetition_penalty",
+    "allowed_token_ids",
+    "bad_words_ids",
+    "prefix_allowed_tokens_fn",
+    "forced_prefix",
     "eos_token_id",
     "stop_strings",
     "logits_processor",
@@ -43,6 +52,9 @@ def sampling_params(
 ) -> SamplingParams:
     """Translate generation keywords; the mapping is not changed.
 
+    Beside those of `generate`: `allowed_token_ids`, and `forced_prefix`, as token ids or as text.
+    `prefix_allowed_tokens_fn(batch_id, input_ids)` is called for one row at a time, its `batch_id` always 0.
+
     Args:
         do_sample: the default where the keywords don't say.
         stop: strings that end a turn, besides `stop_strings`.
@@ -61,6 +73,8 @@ def sampling_params(
             raise ConfigError(f"unknown generation keyword {name!r}; {hint}")
     sample = given.get("do_sample", do_sample)
     strings = given.get("stop_strings") or ()
+    allowed = given.get("allowed_token_ids")
+    eos_token_ids = _eos_ids(given.get("eos_token_id", tokenizer.eos_token_id))
     limit = {"max_new_tokens": int(given["max_new_tokens"])} if given.get("max_new_tokens") else {}
     return SamplingParams(
         **limit,
@@ -70,13 +84,27 @@ def sampling_params(
         top_p=float(given["top_p"]) if given.get("top_p") is not None else 1.0,
         min_p=float(given.get("min_p") or 0.0),
         stop=(*stop, *((strings,) if isinstance(strings, str) else strings)),
-        eos_token_ids=_eos_ids(given.get("eos_token_id", tokenizer.eos_token_id)),
-        processors=(*_penalty(given.get("repetition_penalty")), *(given.get("logits_processor") or ())),
+        eos_token_ids=eos_token_ids,
+        processors=_processors(given, eos_token_ids),
+        repetition_penalty=1.0 if (penalty := given.get("repetition_penalty")) is None else float(penalty),
+        allowed_token_ids=None if allowed is None else tuple(int(i) for i in allowed),
+        forced_prefix=_forced_ids(given.get("forced_prefix"), tokenizer),
     )
 
 
-def _penalty(value: float | None) -> tuple[RepetitionPenaltyLogitsProcessor, ...]:
-    return () if value in (None, 1.0) else (RepetitionPenaltyLogitsProcessor(float(value)),)
+def _processors(given: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -> tuple[Callable[..., Any], ...]:
+    """Keywords that are processors in `transformers` too, in its order, and the caller's own."""
+    processors: list[Callable[..., Any]] = []
+    if given.get("bad_words_ids"):
+        processors.append(NoBadWordsLogitsProcessor(given["bad_words_ids"], list(eos_token_ids) or None))
+    if given.get("prefix_allowed_tokens_fn") is not None:
+        processors.append(PrefixConstrainedLogitsProcessor(given["prefix_allowed_tokens_fn"], 1))
+    return (*processors, *(given.get("logits_processor") or ()))
+
+
+def _forced_ids(prefix: str | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    ids = encode_control(tokenizer, prefix) if isinstance(prefix, str) else prefix or ()
+    return tuple(int(i) for i in ids)
 
 
 def _eos_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:

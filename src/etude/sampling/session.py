@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from etude.sampling.draw import Row
+from etude.sampling.cuts import Row
 from etude.sampling.stop import StopStrings
 from etude.types import FinishReason, Sampled, SamplingParams
 
@@ -66,6 +66,7 @@ class LocalSession:
         return self.ends[again]
 
     def close(self) -> None:
+        """Give up the session's cache; a turn that is being sampled in it fails."""
         self.closed = True
         self.sampler.release(self)
 
@@ -82,17 +83,34 @@ class Turn:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
-    version: int = -1  # of the weights at the first token
+    version: int = -1  # of the weights at the first sampled token
+    forced: int = 0  # the tokens that the turn began with
+    _row: Row = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._row = Row(self.params, self.session.seed, 0, self.session.history, 0)
 
     def row(self) -> Row:
-        session = self.session
-        return Row(self.params, session.seed, len(session.token_ids), session.history, len(self.token_ids))
+        """What the draw of the next token depends on."""
+        self._row.position, self._row.generated = len(self.session.token_ids), len(self.token_ids)
+        return self._row
+
+    def force(self) -> FinishReason | None:
+        """Begin with the forced tokens, up to one that ends the turn."""
+        for token in self.params.forced_prefix:
+            self.forced += 1
+            if finish := self._append(token):
+                return finish
+        return None
 
     def extend(self, token: int, logprob: float, sampling_logprob: float) -> FinishReason | None:
-        self.session.token_ids.append(token)
-        self.token_ids.append(token)
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
+        return self._append(token)
+
+    def _append(self, token: int) -> FinishReason | None:
+        self.session.token_ids.append(token)
+        self.token_ids.append(token)
         if token in self.params.eos_token_ids:
             return "eos"
         if self.stop is not None and self.stop.completed_by_last(self.token_ids):

@@ -8,16 +8,20 @@ to a spare slot. Prompts are left to the packed backend, over the same cache. Tw
 numbers go through follows from its own history: prompts are fed one session at a time in the session's own
 pieces, each row gets the width of its own length, and a cache that was evicted is rebuilt in the pieces
 that it was first fed in. A row's place in the block can matter too (MKL computes rows left over by a multiple
-of 4 with other instructions), so the block has a multiple of 8 rows, and before the first decode it is
+of 4 with other instructions), so the block has a multiple of 8 rows, and before the first step it is
 tried out whether rows in other places and beside other rows give the same bits. Where they don't
 (mixtures of experts, for one), rows are decoded one at a time: slow, and the same by construction. What a
 session samples is then the same to the last bit for the same weights, seed, tokens and sampling
-parameters. It may change with the device, library versions, number of threads, `slots`, `max_length` and
-`prefill_tokens`. The trial is evidence, not proof: it covers a few steps of the real model.
+parameters. It may change with the device, library versions, number of threads, `slots`, `max_length`,
+`prefill_tokens`, and with `cache_bytes` where that leaves fewer slots than `slots`. The trial is evidence,
+not proof: it covers a few steps of the real model.
 
 **CUDA graphs.** A fixed shape can be captured once per width and replayed, which saves the launches of
 hundreds of small kernels. Weights that are updated in place stay valid in a graph; tensors that moved make
 it be captured anew.
+
+The number of slots is one for the sampler's life: what the budget holds at full length, the block's idle
+rows counted. Slots grow longer as everywhere.
 
 Run so far on CPUs: all but `CudaCapture`, which no machine with a GPU has executed yet. In its place the
 tests trace the step to a list of operations (`make_fx`) and replay that.
@@ -29,17 +33,21 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from etude.errors import ModelError
+from etude.errors import CacheBudgetError
 from etude.models.attention import SlotCache, StaticPlan, packed_inputs
+from etude.sampling.feeds import Feed
+from etude.sampling.memory import CacheCost, CacheLimits, format_size
 
 if TYPE_CHECKING:
-    from etude.sampling.backends import Feed, PackedBackend
+    from etude.sampling.backends import PackedBackend
 
 Replay = Callable[[], Tensor]
 Capture = Callable[[Replay], Replay]
@@ -56,8 +64,8 @@ class StaticBackend:
     """Single tokens in blocks of fixed shape; prompts by `packed`, over the same cache.
 
     Args:
-        packed: its cache has one slot more than there are rows, the spare one; its `max_length` is a
-            multiple of `KEYS`.
+        packed: its cache gets one slot more than there are rows, the spare one.
+        max_length: of a session.
         deterministic: each row at its own width, prompts one by one.
         capture: makes what captures steps, such as `CudaCapture`; None to run every step eagerly.
     """
@@ -65,19 +73,19 @@ class StaticBackend:
     def __init__(
         self,
         packed: PackedBackend,
+        max_length: int,
         *,
         deterministic: bool = False,
         capture: Callable[[], Capture] | None = None,
     ) -> None:
         self.packed = packed
         self.cache = packed.cache
+        self.max_length = round_up(max_length, KEYS)
         self.deterministic = deterministic
         self.step = StaticStep(packed.model, self.cache)
         self.replays = Replays(self.step, capture) if capture else None
-        self._alike: bool | None = None  # unknown before the first decode
 
     def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        self.cache.reserve(self._width(max(feed.past + len(feed.token_ids) for feed in feeds)))
         blocks, prompts = self._arrange(feeds)
         if prompts and self.replays:
             self.replays.list_tensors()
@@ -92,6 +100,32 @@ class StaticBackend:
             rows.update(zip(members, logits[[feeds[i].slot for i in members]], strict=True))
         return torch.stack([rows[i] for i in range(len(feeds))])
 
+    def limits(self, limits: CacheLimits) -> CacheLimits:
+        """As many slots as there are to be from now on, and what the block has beside them.
+
+        Raises:
+            CacheBudgetError: the budget doesn't hold the smallest block at full length.
+        """
+        slot = limits.cost.of_session(self.max_length)
+        multiple = self._rows(1)
+        rows = min(self._rows(limits.slots), (limits.budget // slot - 1) // multiple * multiple)
+        if rows < multiple:
+            least = (multiple + 1) * slot
+            raise CacheBudgetError(
+                f"decoding in a fixed block needs at least {multiple + 1} slots of {self.max_length:,} "
+                f"tokens, {format_size(least)} ({least:,} bytes) of keys and values, and the budget is "
+                f"{format_size(limits.budget)} ({limits.budget:,} bytes); raise cache_bytes, or shorten "
+                "max_length"
+            )
+        slots = min(limits.slots, rows)
+        return replace(limits, slots=slots, idle=rows + 1 - slots)
+
+    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
+        self.packed.resize(self._rows(slots) + 1, self._width(length), kept)
+
+    def measure(self) -> CacheCost:
+        return replace(self.packed.measure(), multiple=KEYS)
+
     def copy(self, source: int, target: int, length: int) -> bool:
         return self.packed.copy(source, target, length)
 
@@ -102,11 +136,8 @@ class StaticBackend:
     def _arrange(self, feeds: Sequence[Feed]) -> tuple[dict[int, list[int]], list[int]]:
         """Which feeds are decoded in a block, by its width, and which ones as prompts."""
         single = [i for i, feed in enumerate(feeds) if len(feed.token_ids) == 1]
-        if single and self.deterministic:
-            if self._alike is None:
-                self._alike = rows_are_alike(self.packed.model, self.step.rows)
-            if not self._alike:
-                single = []
+        if self.deterministic:  # tried out at the first step, while the cache is empty: it takes memory
+            single = single if self._alike else []
         blocks: dict[int, list[int]] = defaultdict(list)
         widest = max((feeds[i].past + 1 for i in single), default=0)
         for i in single:
@@ -115,7 +146,14 @@ class StaticBackend:
         return blocks, [i for i in range(len(feeds)) if i not in taken]
 
     def _width(self, length: int) -> int:
-        return min(max(KEYS, 1 << (length - 1).bit_length()), self.packed.max_length)
+        return min(max(KEYS, 1 << (length - 1).bit_length()), self.max_length)
+
+    def _rows(self, slots: int) -> int:
+        return round_up(slots, ROWS) if self.deterministic else slots
+
+    @cached_property
+    def _alike(self) -> bool:
+        return rows_are_alike(self.packed.model, self.step.rows)
 
 
 class StaticStep:
@@ -127,14 +165,19 @@ class StaticStep:
     def __init__(self, model: PreTrainedModel, cache: SlotCache) -> None:
         self.model = model
         self.cache = cache
-        self.rows = cache.slots - 1
         self.inputs = torch.zeros(3, self.rows, dtype=torch.long, device=model.device)
+
+    @property
+    def rows(self) -> int:
+        return max(0, self.cache.slots - 1)
 
     def fill(self, taking_part: Iterable[tuple[int, int, int]]) -> None:
         """Set (slot, position, token) of the rows that take part; the others write to the spare slot."""
         rows = [(0, 0, self.rows)] * self.rows
         for slot, position, token in taking_part:
             rows[slot] = (token, position, slot)
+        if self.inputs.shape[1] != self.rows:
+            self.inputs = self.inputs.new_zeros(3, self.rows)
         self.inputs.copy_(torch.tensor(rows).T)
 
     def __call__(self, width: int) -> Tensor:
@@ -183,7 +226,8 @@ class Replays:
 
     def _addresses(self) -> list[int]:
         cached = (tensor for layer in self.step.cache.layers.values() for tensor in layer)
-        return [self.step.cache.length, *(tensor.data_ptr() for tensor in (*self._tensors, *cached))]
+        tensors = (*self._tensors, self.step.inputs, *cached)
+        return [self.step.cache.length, *(tensor.data_ptr() for tensor in tensors)]
 
 
 class CudaCapture:
@@ -219,25 +263,20 @@ class CudaCapture:
 def capturable(model: PreTrainedModel) -> bool:
     """Whether a decode step may be captured: on one CUDA device, its shapes and constants always the same."""
     devices = {parameter.device for parameter in model.parameters()}
-    return len(devices) == 1 and devices.pop().type == "cuda" and not frequencies_follow_batch(model)
+    return len(devices) == 1 and devices.pop().type == "cuda" and not _frequencies_follow_positions(model)
 
 
-def frequencies_follow_batch(model: PreTrainedModel) -> bool:
-    """Whether rotary frequencies are chosen by the longest sequence of a forward: rows affect each other."""
+def _frequencies_follow_positions(model: PreTrainedModel) -> bool:
+    """Whether rotary embeddings look at the longest sequence of a forward, to choose their frequencies.
+
+    Within a sampler's `max_length` they choose the same ones always (`packing.crosses_switch` sees to it),
+    so that rows don't affect each other; but Python waits for the device.
+    """
     kinds: set[str] = set()
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         kinds.update(kind.values() if isinstance(kind, dict) else [kind] if isinstance(kind, str) else [])
     return not kinds.isdisjoint({"dynamic", "longrope"})
-
-
-def check_determinism(model: PreTrainedModel) -> None:
-    """Refuse models whose rows can't be kept apart."""
-    if frequencies_follow_batch(model):
-        raise ModelError(
-            f"deterministic=True can't hold for {type(model).__name__}: its rotary frequencies follow the "
-            "longest sequence of a batch; use another rope_type or deterministic=False"
-        )
 
 
 @torch.no_grad()

@@ -109,13 +109,16 @@ class OnlineTrainer(ABC):
         started = time.monotonic()
         run = self._open_run(resume_from_checkpoint)
         total = self.config.total_ppo_epochs
-        if self.current_step == 0:
-            self._measure("before", self.test_rows, run)
         display = TrainingDisplay(
             total,
             title=Path(run.path).name,
             enabled=self.accelerator.is_main_process and not self.config.disable_progress,
         )
+        display.message(self.sampler.describe())
+        if self.accelerator.is_main_process:
+            run.update_summary({"sampler": self.sampler.limits.describe()})
+        if self.current_step == 0:
+            self._measure("before", self.test_rows, run)
         try:
             with display:
                 if self.current_step == 0:
@@ -147,6 +150,7 @@ class OnlineTrainer(ABC):
         with interrupt_after():
             self._updating = True
             stats = self.learn([Trajectory.of_episode(episode) for episode in episodes])
+            self.sampler.weights_changed()  # an 8-bit optimizer's writes aren't noticed
             self.current_step = step + 1
             self._updating = False
             ended = time.monotonic()
@@ -368,6 +372,9 @@ class OnlineTrainer(ABC):
             self.model,
             self.tokenizer,
             slots=self.config.slots,
+            max_length=None if self.environment is None else self.environment.max_length,
+            cache_bytes=self.config.cache_bytes,
+            keep_cache=self.config.keep_cache,
             autocast=self.accelerator.autocast,
             deterministic=self.config.deterministic,
         )

@@ -316,7 +316,9 @@ class PPOTrainer(OnlineTrainer):
             batch_size: taken for compatibility; the sampler batches by itself.
             return_prompt: put the query before each response.
             generate_ref_response: also continue with the reference policy.
-            generation_kwargs: as for `transformers`' `generate`: greedy unless `do_sample=True`.
+            generation_kwargs: as for `transformers`' `generate`: greedy unless `do_sample=True`. A
+                `forced_prefix` begins each response; for `step`, mask its tokens with 0 in
+                `response_masks`.
 
         Returns:
             A list of token ids [n] for a list of queries, [1, n] for a single one; a pair of these with
@@ -361,9 +363,15 @@ class PPOTrainer(OnlineTrainer):
         assert self.ref_model is not None
         return self._sampler_over(self.ref_model)
 
-    def _sampler_over(self, model: Any) -> LocalSampler:
+    def _sampler_over(self, model: nn.Module) -> LocalSampler:
         config = self.config
-        return LocalSampler(model, self.tokenizer, slots=config.slots, deterministic=config.deterministic)
+        return LocalSampler(
+            model,
+            self.tokenizer,
+            slots=config.slots,
+            cache_bytes=config.cache_bytes,
+            deterministic=config.deterministic,
+        )
 
     def log_stats(
         self,

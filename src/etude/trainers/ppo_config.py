@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from etude.errors import ConfigError
+from etude.sampling.memory import parse_size
 
 
 def _setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -47,7 +48,17 @@ class PPOConfig:
     # Rollouts.
     batch_size: int = _setting(256, "episodes per iteration and process")
     temperature: float = _setting(1.0, "temperature that responses given to step() were sampled at")
-    slots: int = _setting(64, "episodes decoded at once by train()'s sampler")
+    slots: int = _setting(64, "episodes decoded at once by train()'s sampler, at most")
+    cache_bytes: int | str | None = _setting(
+        None,
+        "what the sampler's keys and values may take, such as 2GiB; by default half of the memory that is "
+        "free at the start",
+    )
+    keep_cache: bool = _setting(
+        False,
+        "sessions that you hold open over an update go on with keys and values of the old weights; those of "
+        "train() end before it",
+    )
     deterministic: bool = _setting(
         False, "sample the same to the last bit whatever the episodes' timing; slower"
     )
@@ -141,6 +152,8 @@ class PPOConfig:
                 raise ConfigError(
                     f"{setting.name} is {getattr(self, setting.name)!r}; expected one of {', '.join(choices)}"
                 )
+        if self.cache_bytes is not None:
+            parse_size(self.cache_bytes)
         if self.use_score_norm and not self.use_score_scaling:
             raise ConfigError("use_score_norm only works together with use_score_scaling; set both")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:

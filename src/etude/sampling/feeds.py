@@ -1,0 +1,48 @@
+"""What the engine asks of a backend: which tokens follow in which slots, and the logits after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from etude.sampling.memory import CacheCost
+
+
+@dataclass(slots=True)
+class Feed:
+    """Tokens that follow `past` tokens already in `slot`."""
+
+    slot: int
+    past: int
+    token_ids: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        """Tokens in the slot afterwards."""
+        return self.past + len(self.token_ids)
+
+
+class Backend(Protocol):
+    def logits(self, feeds: Sequence[Feed]) -> Tensor:
+        """Put each feed's tokens into its slot; the logits after its last token, [feeds, vocabulary]."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> bool:
+        """Copy the first `length` tokens' keys and values between slots; False if that can't be done."""
+        ...
+
+    def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
+        """Have `slots` slots of `length` tokens; slot i goes on with what slot `kept[i]` held."""
+        ...
+
+    def measure(self) -> CacheCost:
+        """What the cache takes, found by feeding the model a few tokens."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the cache holds now."""
+        ...
