@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from etude.models.attention import PackedPlan, SlotCache, install, packed_inputs
 FOREIGN_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 
 
-@torch.no_grad()
+# Every sampler asks: a model is tested once, until something that the answer depends on changes.
+_VERDICTS: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
+
+
 def supports_packing(model: PreTrainedModel, max_length: int | None = None) -> bool:
     """Whether a flat step gives this model the numbers that separate forwards give.
 
@@ -31,6 +35,21 @@ def supports_packing(model: PreTrainedModel, max_length: int | None = None) -> b
     Args:
         max_length: of the sequences; the model's own limit by default.
     """
+    verdicts = _VERDICTS.setdefault(model, {})
+    if (key := _circumstances(model, max_length)) not in verdicts:
+        verdicts[key] = _passes(model, max_length)
+        verdicts[_circumstances(model, max_length)] = verdicts[key]  # with the packed attention installed
+    return verdicts[key]
+
+
+def _circumstances(model: PreTrainedModel, max_length: int | None) -> tuple[object, ...]:
+    implementation = model.config._attn_implementation
+    switched = crosses_switch(model, max_length)
+    return model.dtype, model.device, implementation, switched, model.config.to_json_string()
+
+
+@torch.no_grad()
+def _passes(model: PreTrainedModel, max_length: int | None) -> bool:
     if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
         return False
     if crosses_switch(model, max_length) or not _caches_keys_only(model):
