@@ -110,9 +110,9 @@ def random_prompts(count, longest=40):
 
 EPISODES = random_prompts(6)
 EPISODES[4] = EPISODES[3][:-1] + EPISODES[0]  # a shared beginning, which elsewhere would be copied
-TURNS = [2, 1, 2, 3, 2, 1]
+TURNS = [2, 1, 1, 3, 2, 1]
 CUTS = SamplingParams(max_new_tokens=9, temperature=0.8, top_p=0.9, eos_token_ids=(3,))
-PLAIN = SamplingParams(max_new_tokens=20, eos_token_ids=(3, 4))
+PLAIN = SamplingParams(max_new_tokens=12, eos_token_ids=(3, 4))
 
 
 async def one_episode(sampler, index, ticks=0):
@@ -140,12 +140,11 @@ def undisturbed(model, slots=3):
 CASES = {
     "float32": ("llama", torch.float32),
     "bfloat16": ("llama", torch.bfloat16),
-    "float64": ("qwen3", torch.float64),
     "window": ("mistral", torch.float32),
     "experts": ("mixtral", torch.float32),
     "solo": ("gptj", torch.float32),
     "softcap": ("gemma2", torch.float32),
-    "dynamic": ("dynamic", torch.float32),
+    "dynamic": ("dynamic", torch.float64),
     "longrope": ("longrope", torch.float32),
 }
 
@@ -294,12 +293,18 @@ def traced(step):
     return make_fx(lambda: step())()
 
 
-@pytest.mark.parametrize("capture", [None, traced])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "capture"),
+    [
+        *((name, None) for name in ("llama", "qwen3", "mistral", "gpt2", "gemma2")),
+        ("mistral", traced),
+        ("gemma2", traced),
+    ],
+)
 def test_the_static_step_samples_what_the_packed_one_does(name, capture):
     model = static_model(name, torch.float64)
     queries = random_prompts(9, longest=70)
-    params = SamplingParams(max_new_tokens=40)
+    params = SamplingParams(max_new_tokens=24)
     expected = continue_all(LocalSampler(model, Textless(), slots=4), queries, params, seeds=range(9))
     sampler = LocalSampler(model, Textless(), slots=4)
     sampler._backend = static_backend(model, capture=capture)
