@@ -2,11 +2,12 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etude.sampling.draw import Row, draw, mix, uniform
+from etude.sampling.draw import Row, draw, draw_each, mix, uniform
 from etude.types import SamplingParams
 
 
@@ -58,6 +59,24 @@ def test_rows_with_different_parameters_share_a_batch():
     assert together.token_ids[3] != best[3]
     assert together.token_ids[4] == 5
     assert together.sampling_logprobs[2] == 0.0
+
+
+def test_rows_drawn_each_by_itself():
+    """What `draw` gives to the last digits, and to the last bit what it gives each row alone."""
+    logits = torch.randn(6, 61, generator=torch.Generator().manual_seed(0))
+    logits[4, 7] = torch.nan
+    kinds = [SamplingParams(), SamplingParams(top_p=0.7), SamplingParams(temperature=0), SamplingParams()]
+    kinds += [SamplingParams(), SamplingParams(temperature=0.6, top_k=9)]
+    rows = [row(params, seed=i) for i, params in enumerate(kinds)]
+    together, each = draw(logits, rows), draw_each(logits, rows)
+    assert [*each.failures] == [*together.failures] == [4]
+    assert str(each.failures[4]) == str(together.failures[4])
+    for i in (0, 1, 2, 3, 5):
+        assert each.token_ids[i] == together.token_ids[i]
+        assert each.logprobs[i] == pytest.approx(together.logprobs[i])
+        assert each.sampling_logprobs[i] == pytest.approx(together.sampling_logprobs[i])
+    alone = draw(logits[3:4].clone(), rows[3:4])
+    assert (alone.token_ids[0], alone.logprobs[0]) == (each.token_ids[3], each.logprobs[3])
 
 
 def test_rows_without_a_distribution_fail_alone():

@@ -12,6 +12,7 @@ from etude.errors import CheckpointError, ConfigError, DataError, RewardError
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory
+from etude.sampling.generate import continue_all
 from etude.trainers.ppo import PPOTrainer
 from etude.trainers.ppo_config import PPOConfig
 from etude.types import SamplingParams
@@ -245,6 +246,17 @@ def test_every_task_is_played_once_per_epoch(make_trainer):
     assert seen[:7] != seen[7:14]
     other = make_trainer(seed=1)
     assert [other._task(0, i)["prompt"] for i in range(8)] != seen[:8]
+
+
+def test_deterministic_rollouts(make_trainer):
+    """The option reaches the sampler: log-probabilities are equal, not close, in any order and company."""
+    sampler = make_trainer(deterministic=True, slots=3).sampler
+    queries, params = [[5 + i] * (1 + 3 * i) for i in range(7)], SamplingParams(max_new_tokens=6)
+    together = continue_all(sampler, queries, params, seeds=range(7))
+    backwards = continue_all(sampler, queries[::-1], params, seeds=range(7)[::-1])[::-1]
+    assert [turn.logprobs for turn in together] == [turn.logprobs for turn in backwards]
+    assert sampler.deterministic
+    assert not make_trainer("other").sampler.deterministic
 
 
 def test_evaluate(make_trainer):

@@ -196,6 +196,44 @@ class Decoding:
         return self.masks[window]
 
 
+@dataclass
+class StaticPlan:
+    """One token for each row of a fixed block, row i in slot i, in shapes that never change.
+
+    All that differs between two steps is in the tensors, so that a step can be captured once and replayed,
+    and so that what is computed for a row is computed in the same way whatever the others hold.
+
+    Attributes:
+        cache: with at least as many slots as there are rows.
+        width: keys that every row is given, the ones after its own position masked.
+        positions_T: of each row's token.
+        slots_T: where each row writes: its own slot, or, if it takes no part, one that nobody reads.
+        windows: the sliding window that each layer asked for, written as the step runs.
+    """
+
+    cache: SlotCache
+    width: int
+    positions_T: Tensor
+    slots_T: Tensor
+    windows: dict[int, int | None] = field(init=False, default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions_T.device
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, T]"""
+        return self.positions_T.unsqueeze(0)
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """All rows, in order and without holes."""
+        count = len(self.positions_T)
+        rows = torch.arange(count, device=self.device)
+        return Decoding(set(range(count)), 0, count, self.width, rows, rows, self.positions_T + 1, dense=True)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What is done to q·k before the softmax, and beside it.
@@ -220,7 +258,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: PackedPlan,
+    plan: PackedPlan | StaticPlan,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -246,12 +284,17 @@ def packed_attention(
     if layer is not None:
         plan.windows[layer] = sliding_window
     if plan.cache is None:
+        assert isinstance(plan, PackedPlan)
         output = _attend_to_self(query, key, value, plan, scores, sliding_window)
     elif layer is None:
         raise ModelError(f"{type(module).__name__} has no layer_idx, by which the cache keeps its keys")
     else:
         plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
-        output = _attend_to_cache(query, *plan.cache.layers[layer], plan, scores, sliding_window)
+        keys, values = plan.cache.layers[layer]
+        if isinstance(plan, StaticPlan):
+            output = _attend_block(query, keys, values, plan.decoding, scores, sliding_window)
+        else:
+            output = _attend_to_cache(query, keys, values, plan, scores, sliding_window)
     return output.transpose(0, 1).contiguous().unsqueeze(0)  # some families take a view of it
 
 
@@ -389,7 +432,7 @@ def _dispatch(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     return attention
 
 
-def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan) -> dict[str, Any]:
+def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan | StaticPlan) -> dict[str, Any]:
     """Keywords of a model's forward for a flat step of T tokens.
 
     The 1×1 mask is never read: a four-dimensional mask passes through `transformers` untouched, which

@@ -1,4 +1,4 @@
-"""How the engine gets logits out of a model: packed, for almost every family, or row by row.
+"""How the engine gets logits out of a model: packed, for almost every family, in fixed shapes, or row by row.
 
 A backend owns the key–value cache of a number of slots. The engine tells it how many and how long they are,
 which tokens follow in which slots, and gets the logits after the last of them. `choose_backend` asks the
@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 
 import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from etude.errors import ConfigError
 from etude.models.attention import PackedPlan, SlotCache, packed_inputs
 from etude.models.packing import supports_packing
 from etude.sampling.feeds import Backend, Feed
 from etude.sampling.memory import CacheCost
 from etude.sampling.solo import solo_backend
+from etude.sampling.static import CudaCapture, StaticBackend, capturable
 
 
 class PackedBackend:
@@ -63,9 +66,27 @@ class PackedBackend:
         return self.cache.nbytes
 
 
-def choose_backend(model: PreTrainedModel, max_length: int) -> Backend:
-    """The packed one where it is right, else one forward per row; ModelError where nothing is."""
-    return PackedBackend(model) if supports_packing(model, max_length) else solo_backend(model, max_length)
+def choose_backend(
+    model: PreTrainedModel, max_length: int, *, deterministic: bool = False, cuda_graphs: bool = False
+) -> Backend:
+    """The packed one, or the static one where asked for, if that is right; else one forward per row.
+
+    Raises:
+        ConfigError: `cuda_graphs` was asked for and can't be had.
+        ModelError: nothing is right.
+    """
+    packs = supports_packing(model, max_length)
+    if cuda_graphs and not (packs and capturable(model)):
+        raise ConfigError(
+            "cuda_graphs=True needs a model that runs packed, is on one CUDA device and has rotary "
+            "frequencies that don't depend on the positions; leave cuda_graphs out"
+        )
+    if not packs:
+        return solo_backend(model, max_length)
+    if not deterministic and not cuda_graphs:
+        return PackedBackend(model)
+    capture = partial(CudaCapture, model.device) if cuda_graphs else None
+    return StaticBackend(PackedBackend(model), max_length, deterministic=deterministic, capture=capture)
 
 
 def free_memory(device: torch.device) -> int:

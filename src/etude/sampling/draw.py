@@ -70,6 +70,20 @@ def draw(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
     return Drawn(tokens_R1[:, 0].tolist(), logprobs, sampling, failures)
 
 
+def draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
+    """`draw`, row by row, for the same bits beside any rows.
+
+    How a cumulative sum is cut up on a GPU depends on the number of rows.
+    """
+    each = [draw(logits_RV[i : i + 1].clone(), [row]) for i, row in enumerate(rows)]
+    return Drawn(
+        [one.token_ids[0] for one in each],
+        [one.logprobs[0] for one in each],
+        [one.sampling_logprobs[0] for one in each],
+        {i: one.failures[0] for i, one in enumerate(each) if one.failures},
+    )
+
+
 def _scale(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     """Divide by the temperature; `logits_RV` itself where that changes nothing."""
     temperatures = [row.params.temperature or 1.0 for row in rows]

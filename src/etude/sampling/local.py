@@ -25,16 +25,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
-from etude.errors import CacheBudgetError, SamplerError
+from etude.errors import CacheBudgetError, ConfigError, SamplerError
 from etude.models.loading import trunk_of
 from etude.models.packing import rotary_switch
 from etude.models.prepacked import PrepackedLinears
 from etude.sampling.backends import choose_backend, free_memory
-from etude.sampling.draw import draw
+from etude.sampling.draw import draw, draw_each
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheLimits, parse_size
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
+from etude.sampling.static import StaticBackend
 from etude.sampling.stop import StopStrings, token_texts
 from etude.sampling.weights import WeightWatch
 from etude.types import FinishReason, Sampled, SamplingParams
@@ -58,13 +59,21 @@ class LocalSampler:
         autocast: the trainer's autocast, so that both compute in the same precision.
         prepack: keep the linear layers' weights once more, in the layout in which small steps on a CPU run
             up to three times as fast; None does so where that takes at most a quarter of the free memory.
+        deterministic: what a session samples is the same to the last bit, whatever the other sessions,
+            their timing and evictions; `etude.sampling.static` says how far that goes. It costs speed: rows
+            that stand idle are computed, prompts are fed one by one, and nothing is copied between slots.
+        cuda_graphs: replay decode steps from CUDA graphs. Off unless asked for: no machine with a GPU has
+            run it yet.
 
     Keys and values never take more than `cache_bytes`, nor more than `slots` sessions of `max_length` need.
     All slots are as long as the longest session so far needs; where the budget is short, there are fewer of
     them the longer they get, and sessions wait, or are rebuilt, instead. `describe` says the sizes.
+    With `deterministic` or `cuda_graphs` there are from the start no more slots than the budget holds at
+    full length; one more is for rows that stand idle, and deterministic ones fill up to a multiple of 8.
 
     Raises:
         CacheBudgetError: `cache_bytes` doesn't hold one session of `max_length` tokens.
+        ConfigError: `cuda_graphs` for a model that can't have them; `deterministic` with `keep_cache`.
     """
 
     def __init__(
@@ -79,10 +88,17 @@ class LocalSampler:
         prefill_tokens: int = 4096,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         prepack: bool | None = None,
+        deterministic: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         if slots < 1 or prefill_tokens < 1:
             raise CacheBudgetError(
                 f"slots is {slots} and prefill_tokens {prefill_tokens}; both must be at least 1"
+            )
+        if deterministic and keep_cache:
+            raise ConfigError(
+                "deterministic=True can't hold with keep_cache=True: what a session keeps over a change of "
+                "the weights depends on who took its slot meanwhile; leave one of them out"
             )
         self.model = trunk_of(model)
         self.tokenizer = tokenizer
@@ -90,12 +106,15 @@ class LocalSampler:
         self.prefill_tokens = prefill_tokens
         self.autocast = autocast
         self.keep_cache = keep_cache
+        self.deterministic = deterministic
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.max_length = min(max_length or rotary_switch(self.model) or limit, limit)
         self.policy_version = 0
         self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
-        self._backend = choose_backend(self.model, self.max_length)
+        self._backend = choose_backend(
+            self.model, self.max_length, deterministic=deterministic, cuda_graphs=cuda_graphs
+        )
         self._linears = _prepacked(self.model, prepack)
         self.limits = self._limits(cache_bytes)
         self._slots = Slots(self.limits)
@@ -113,7 +132,8 @@ class LocalSampler:
             cost = self._backend.measure()
         if budget is None:
             budget = max(free_memory(self.model.device) // 2, cost.of_session(self.max_length))
-        return CacheLimits(self.slots, self.max_length, cost, budget)
+        limits = CacheLimits(self.slots, self.max_length, cost, budget)
+        return self._backend.limits(limits) if isinstance(self._backend, StaticBackend) else limits
 
     def describe(self) -> str:
         """The sizes in one line, for the start of a run."""
@@ -247,11 +267,11 @@ class LocalSampler:
         for turn in self._running:
             session = turn.session
             assert session.slot is not None, "a running turn has a slot"
-            if session.source is not None and not self._copy_prefix(session):
+            if not self.deterministic and session.source is not None and not self._copy_prefix(session):
                 continue
-            pending = session.token_ids[session.cached :]
-            if len(pending) > 1:
-                pending = pending[:budget]
+            prompt = session.cached + 1 < len(session.token_ids)
+            pending = self._pending(session, budget if prompt else 1)
+            if prompt:
                 budget -= len(pending)
             if pending:
                 feeds.append(Feed(session.slot, session.cached, pending))
@@ -259,6 +279,15 @@ class LocalSampler:
         # Rows that decode first and by slot: in this order they are one block of the cache as they stand.
         order = sorted(range(len(feeds)), key=lambda i: (len(feeds[i].token_ids) > 1, feeds[i].slot))
         return [feeds[i] for i in order], [turns[i] for i in order]
+
+    def _pending(self, session: LocalSession, budget: int) -> list[int]:
+        """What the session is fed next; deterministic: its own next piece, whole, while there is budget."""
+        if budget <= 0:
+            return []
+        end = session.cached + budget
+        if self.deterministic:
+            end = session.next_end(self.prefill_tokens, self.policy_version)
+        return session.token_ids[session.cached : end]
 
     def _copy_prefix(self, session: LocalSession) -> bool:
         """Take the shared beginning from its holder's slot; False while the holder is still being fed it."""
@@ -275,7 +304,7 @@ class LocalSampler:
         return True
 
     def _draw(self, logits: torch.Tensor, turns: list[Turn]) -> None:
-        drawn = draw(logits, [turn.row() for turn in turns])
+        drawn = (draw_each if self.deterministic else draw)(logits, [turn.row() for turn in turns])
         self.tokens_sampled += len(turns) - len(drawn.failures)
         finished = set()
         rows = zip(turns, drawn.token_ids, drawn.logprobs, drawn.sampling_logprobs, strict=True)
@@ -334,7 +363,7 @@ class LocalSampler:
             else:
                 self._running.append(turn)
         self._waiting = still_waiting
-        if not self._waiting:
+        if not self._waiting and not isinstance(self._backend, StaticBackend):  # which reads holes anyway
             self._close_up()
 
     def _close_up(self) -> None:

@@ -48,11 +48,13 @@ class CacheCost:
         token: keys and values of one token, over all layers.
         growth: of that, the largest tensor's: while the cache grows, this much exists twice.
         session: of a session however short, where a family keeps more than keys and values.
+        multiple: slots have room for a multiple of so many tokens.
     """
 
     token: int
     growth: int
     session: int = 0
+    multiple: int = 1
 
     @property
     def per_token(self) -> int:
@@ -61,7 +63,7 @@ class CacheCost:
 
     def of_session(self, length: int) -> int:
         """Bytes of one slot of `length` tokens, growth included."""
-        return self.session + length * self.per_token
+        return self.session + -(-length // self.multiple) * self.multiple * self.per_token
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class CacheLimits:
     Attributes:
         slots, max_length: at most.
         budget: bytes that the cache may take at any time, growth included.
+        idle: slots beside those, as long as they are, that no session gets.
 
     Raises:
         CacheBudgetError: the budget doesn't hold one session of `max_length` tokens.
@@ -80,6 +83,7 @@ class CacheLimits:
     max_length: int
     cost: CacheCost
     budget: int
+    idle: int = 0
 
     def __post_init__(self) -> None:
         needed = self.cost.of_session(self.max_length)
@@ -94,7 +98,7 @@ class CacheLimits:
 
     def slots_at(self, length: int) -> int:
         """Slots that the budget holds when each has room for `length` tokens."""
-        return min(self.slots, self.budget // self.cost.of_session(length))
+        return min(self.slots, self.budget // self.cost.of_session(length) - self.idle)
 
     def grown(self, needed: int, length: int = 0) -> tuple[int, int]:
         """Slots, and their new length, where slots of `length` tokens have become too short for `needed`.
@@ -102,13 +106,13 @@ class CacheLimits:
         Slots double, so that growing is rare; less where doubling would cost more slots than are lost anyway.
         """
         slots = self.slots_at(needed)
-        affordable = (self.budget // slots - self.cost.session) // self.cost.per_token
+        affordable = (self.budget // (slots + self.idle) - self.cost.session) // self.cost.per_token
         return slots, min(self.max_length, affordable, max(needed, 2 * length))
 
     def describe(self) -> str:
         """One line, for the start of a run."""
         full = self.slots_at(self.max_length)
-        most = min(self.budget, self.slots * self.cost.of_session(self.max_length))
+        most = min(self.budget, (self.slots + self.idle) * self.cost.of_session(self.max_length))
         line = (
             f"{self.slots} slots × up to {self.max_length:,} tokens, {format_size(self.cost.token)} per "
             f"token: at most {format_size(most)} of keys and values"

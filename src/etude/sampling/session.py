@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ class LocalSession:
     token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     cached: int = 0  # tokens whose keys and values are in the slot
+    ends: list[int] = field(default_factory=list)  # where its feeds ended, if the sampler is deterministic
+    fed_version: int = 0  # of the weights that the feeds went through
     source: tuple[LocalSession, int] | None = None  # who holds its first tokens, and how many of them
     busy: bool = False
     idle_since: int = 0  # the step at which its last turn ended
@@ -48,6 +51,19 @@ class LocalSession:
             self._tensor[self._written : count] = new
             self._written = count
         return self._tensor[None, :count]
+
+    def next_end(self, chunk: int, version: int) -> int:
+        """Where the next feed ends, by the session's own history alone.
+
+        A cache that is rebuilt is fed in the pieces that it was first fed in, since other pieces would
+        give other last bits. What is new is fed `chunk` tokens at a time; so is all under new weights.
+        """
+        if self.fed_version != version:
+            self.ends, self.fed_version = [], version
+        again = bisect_right(self.ends, self.cached)
+        if again == len(self.ends):
+            self.ends.append(min(self.cached + chunk, len(self.token_ids)))
+        return self.ends[again]
 
     def close(self) -> None:
         """Give up the session's cache; a turn that is being sampled in it fails."""

@@ -376,6 +376,7 @@ class OnlineTrainer(ABC):
             cache_bytes=self.config.cache_bytes,
             keep_cache=self.config.keep_cache,
             autocast=self.accelerator.autocast,
+            deterministic=self.config.deterministic,
         )
 
 

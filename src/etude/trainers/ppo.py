@@ -365,7 +365,13 @@ class PPOTrainer(OnlineTrainer):
 
     def _sampler_over(self, model: nn.Module) -> LocalSampler:
         config = self.config
-        return LocalSampler(model, self.tokenizer, slots=config.slots, cache_bytes=config.cache_bytes)
+        return LocalSampler(
+            model,
+            self.tokenizer,
+            slots=config.slots,
+            cache_bytes=config.cache_bytes,
+            deterministic=config.deterministic,
+        )
 
     def log_stats(
         self,

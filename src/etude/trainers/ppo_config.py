@@ -59,6 +59,9 @@ class PPOConfig:
         "sessions that you hold open over an update go on with keys and values of the old weights; those of "
         "train() end before it",
     )
+    deterministic: bool = _setting(
+        False, "sample the same to the last bit whatever the episodes' timing; slower"
+    )
 
     # Optimisation.
     learning_rate: float = _setting(1e-5, "learning rate of Adam")
