@@ -12,14 +12,10 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.attention import (
-    PackedPlan,
-    SlotCache,
-    install,
-    packed_attention,
-    packed_inputs,
-)
+from etude.models.attention import install, packed_attention
 from etude.models.packing import supports_packing
+from etude.models.plans import PackedPlan, packed_inputs
+from etude.models.slot_cache import SlotCache
 
 SMALL = {
     "vocab_size": 53,

@@ -22,7 +22,7 @@ from transformers import (
 
 from etude.environments.text import TextEnvironment
 from etude.errors import CacheBudgetError, ConfigError
-from etude.models.attention import SlotCache
+from etude.models.slot_cache import SlotCache
 from etude.runtime.loop import run_sync
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler

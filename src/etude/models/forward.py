@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from etude.math.logprobs import entropy, token_logprobs
-from etude.models.attention import PackedPlan, packed_inputs
 from etude.models.loading import trunk_of
 from etude.models.packing import supports_packing
+from etude.models.plans import PackedPlan, packed_inputs
 
 
 class PolicyOutput(NamedTuple):

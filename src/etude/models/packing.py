@@ -17,7 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from etude.errors import ModelError
-from etude.models.attention import PackedPlan, SlotCache, install, packed_inputs
+from etude.models.attention import install
+from etude.models.plans import PackedPlan, packed_inputs
+from etude.models.slot_cache import SlotCache
 
 # What a modelling file raises when it is called in a way that it wasn't written for.
 FOREIGN_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from etude.errors import ConfigError
-from etude.models.attention import PackedPlan, SlotCache, packed_inputs
 from etude.models.packing import supports_packing
+from etude.models.plans import PackedPlan, packed_inputs
+from etude.models.slot_cache import SlotCache
 from etude.sampling.feeds import Backend, Feed
 from etude.sampling.memory import CacheCost
 from etude.sampling.solo import solo_backend

@@ -42,7 +42,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from etude.errors import CacheBudgetError
-from etude.models.attention import SlotCache, StaticPlan, packed_inputs
+from etude.models.plans import StaticPlan, packed_inputs
+from etude.models.slot_cache import SlotCache
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheCost, CacheLimits, format_size
 

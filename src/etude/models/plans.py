@@ -1,0 +1,178 @@
+"""Where each sequence lies in a flat step: what a forward is told beside its tokens.
+
+Covered: plans for training (sequences that see themselves), for sampling (sequences that go on in a cache),
+and for sampling in shapes that never change. Not covered: the attention that reads them (`attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etude.models.slot_cache import SlotCache
+
+PLAN = "packed_plan"  # the keyword under which a plan travels through the model
+
+
+@dataclass
+class PackedPlan:
+    """Where each sequence's tokens lie in a flat step.
+
+    Attributes:
+        lengths: tokens of each sequence in this step, in order.
+        past: tokens of each sequence already in the cache (all 0 without one).
+        cache, slots: the cache and each sequence's slot in it; None and empty in training.
+        positions_T, slots_T: of each token, its position in its sequence and its slot.
+        windows: the sliding window that each layer asked for, written as the step runs.
+    """
+
+    lengths: Sequence[int]
+    past: Sequence[int] = ()
+    cache: SlotCache | None = None
+    slots: Sequence[int] = ()
+    device: torch.device | str = "cpu"
+    positions_T: Tensor = field(init=False)
+    slots_T: Tensor = field(init=False)  # empty without a cache
+    windows: dict[int, int | None] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.past = self.past or [0] * len(self.lengths)
+        positions = [
+            p for past, n in zip(self.past, self.lengths, strict=True) for p in range(past, past + n)
+        ]
+        self.positions_T = torch.tensor(positions, device=self.device)
+        slots = [s for s, n in zip(self.slots, self.lengths, strict=self.cache is not None) for _ in range(n)]
+        self.slots_T = torch.tensor(slots, device=self.device)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, T]"""
+        return self.positions_T.unsqueeze(0)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        return [0, *accumulate(self.lengths)][:-1]
+
+    @cached_property
+    def rectangle(self) -> Rectangle | None:
+        """The training step as rows of equal length, unless most of that would be padding."""
+        rows, width = len(self.lengths), max(self.lengths)
+        if rows < 2 or rows * width > 1.5 * sum(self.lengths):
+            return None
+        row_T = torch.repeat_interleave(torch.tensor(self.lengths))
+        cells_T = row_T * width + self.positions_T.cpu()
+        tokens = torch.zeros(rows * width, dtype=torch.long)
+        tokens[cells_T] = torch.arange(len(cells_T))
+        return Rectangle(rows, width, tokens.to(self.device), cells_T.to(self.device))
+
+    @cached_property
+    def decoding(self) -> Decoding | None:
+        """The sequences that add one token each, as one block of neighbouring slots, where that pays."""
+        rows = [i for i, n in enumerate(self.lengths) if n == 1]
+        if len(rows) < 2:
+            return None
+        seen = [self.past[i] + 1 for i in rows]
+        slots = [self.slots[i] for i in rows]
+        first, count, width = min(slots), max(slots) - min(slots) + 1, max(seen)
+        if count * width > 2.5 * sum(seen):
+            return None
+        lengths = torch.ones(count, dtype=torch.long)  # holes look at one key and are thrown away
+        lengths[torch.tensor(slots) - first] = torch.tensor(seen)
+        starts = [self.starts[i] for i in rows]
+        tokens = torch.tensor(starts, device=self.device)
+        places = torch.tensor(slots, device=self.device) - first
+        dense = starts == list(range(count)) and slots == list(range(first, first + count))
+        return Decoding(set(rows), first, count, width, tokens, places, lengths.to(self.device), dense)
+
+
+@dataclass
+class Rectangle:
+    """Sequences as [rows, width], padded on the right, where causal attention never looks."""
+
+    rows: int
+    width: int
+    tokens: Tensor  # [rows * width], the token in each cell; any token in a padded one
+    cells_T: Tensor  # the cell of each token
+
+
+@dataclass
+class Decoding:
+    """Sequences that add one token each, and the block of slots that holds them."""
+
+    members: set[int]
+    first: int
+    count: int
+    width: int
+    tokens: Tensor  # [R], places in the flat step
+    places: Tensor  # [R], places in the block
+    lengths: Tensor  # [count]
+    dense: bool  # the step's first `count` tokens, in the order of the block and without holes
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """[count, 1, 1, width], true where a slot's newest token may look."""
+        if window not in self.masks:
+            age = self.lengths[:, None] - 1 - torch.arange(self.width, device=self.lengths.device)
+            visible = age >= 0 if not window else (age >= 0) & (age < window)
+            self.masks[window] = visible[:, None, None]
+        return self.masks[window]
+
+
+@dataclass
+class StaticPlan:
+    """One token for each row of a fixed block, row i in slot i, in shapes that never change.
+
+    All that differs between two steps is in the tensors, so that a step can be captured once and replayed,
+    and so that what is computed for a row is computed in the same way whatever the others hold.
+
+    Attributes:
+        cache: with at least as many slots as there are rows.
+        width: keys that every row is given, the ones after its own position masked.
+        positions_T: of each row's token.
+        slots_T: where each row writes: its own slot, or, if it takes no part, one that nobody reads.
+        windows: the sliding window that each layer asked for, written as the step runs.
+    """
+
+    cache: SlotCache
+    width: int
+    positions_T: Tensor
+    slots_T: Tensor
+    windows: dict[int, int | None] = field(init=False, default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions_T.device
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, T]"""
+        return self.positions_T.unsqueeze(0)
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """All rows, in order and without holes."""
+        count = len(self.positions_T)
+        rows = torch.arange(count, device=self.device)
+        return Decoding(set(range(count)), 0, count, self.width, rows, rows, self.positions_T + 1, dense=True)
+
+
+def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan | StaticPlan) -> dict[str, Any]:
+    """Keywords of a model's forward for a flat step of T tokens.
+
+    The 1×1 mask is never read: a four-dimensional mask passes through `transformers` untouched, which
+    keeps it from building a T×T one.
+    """
+    ids = torch.as_tensor(input_ids, device=plan.device).reshape(1, -1)
+    return {
+        "input_ids": ids,
+        "position_ids": plan.position_ids,
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device),
+        "use_cache": False,
+        PLAN: plan,
+    }
