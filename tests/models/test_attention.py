@@ -96,6 +96,35 @@ def test_a_cache_fed_in_pieces_equals_one_forward(window):
     assert all(done[slot] == len(s) for slot, s in sequences.items())
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_common_beginning_is_read_once(window):
+    """Two families and a row of its own: the same logits, whether it is said that they begin alike or not."""
+    model = make_mistral(window)
+    install(model)
+    beginnings = ids(40, seed=1), ids(30, seed=2)
+    sequences = [[*beginnings[i // 3], *ids(1 + i % 3, seed=10 + i)] for i in range(6)] + [ids(9, seed=3)]
+    families = [(7, 40)] * 3 + [(8, 30), (8, 30), (8, 29)] + [None]
+
+    def last_logits(families):
+        cache = SlotCache(slots=8, length=48)
+        slots = [5, 1, 7, 0, 3, 2, 6]
+        for slot, sequence in zip(slots, sequences, strict=True):
+            plan = PackedPlan([len(sequence) - 1], past=[0], cache=cache, slots=[slot])
+            model(**packed_inputs(sequence[:-1], plan))
+        past = [len(sequence) - 1 for sequence in sequences]
+        plan = PackedPlan([1] * 7, past=past, cache=cache, slots=slots, families=families)
+        logits = model(**packed_inputs([sequence[-1] for sequence in sequences], plan)).logits[0]
+        return logits, [(group.members, group.length) for group in plan.shared]
+
+    with torch.no_grad():
+        together, groups = last_logits(families)
+        apart, none = last_logits([None] * 7)
+        alone = torch.stack([model(torch.tensor([sequence])).logits[0, -1] for sequence in sequences])
+    assert (groups, none) == ([({0, 1, 2}, 40), ({3, 4, 5}, 29)], [])
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(together, alone)
+
+
 def test_decoding_together_is_used_only_where_it_pays():
     cache = SlotCache(slots=64, length=64)
     close = PackedPlan([1, 1, 5, 1], past=[9, 10, 0, 12], cache=cache, slots=[2, 3, 4, 5])

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from etude.errors import CacheBudgetError, SamplerError
+from etude.models import attention
 from etude.protocols import Sampler
 from etude.runtime.loop import run_sync
 from etude.sampling.backends import PackedBackend
@@ -148,12 +149,20 @@ def test_turns_continue_from_the_cache(llama, tokenizer):
     assert fed == 3 + 5, "the last sampled token, two new ones, and five of the turn: the rest was kept"
 
 
-def test_shared_beginnings_are_computed_once(llama, tokenizer):
+def test_shared_beginnings_are_computed_and_read_once(llama, tokenizer, monkeypatch):
+    read_once = [0]
+
+    def spy(q, keys, values, group, scaling, attend=attention._attend_after_prefix):
+        read_once.append(len(group.members))
+        return attend(q, keys, values, group, scaling)
+
+    monkeypatch.setattr(attention, "_attend_after_prefix", spy)
     preamble = prompts(1)[0] + list(range(40))
     queries = [[*preamble, 7, 8], [*preamble, 7, 8], [*preamble, 9], [*preamble, 3, 4, 5], [1, 2]]
     params = SamplingParams(max_new_tokens=6)
     sampler = LocalSampler(llama, tokenizer, slots=8)
     together = run_sync(sample_all(sampler, queries, params))
+    assert max(read_once) >= 3, "rows of the family were decoded over one reading of what they share"
     fed, copied = sampler.tokens_fed, sampler.tokens_copied
     assert copied == (len(preamble) + 1) + len(preamble) + len(preamble)
     assert fed == sum(map(len, queries)) - copied + 5 * 5

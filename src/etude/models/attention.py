@@ -27,7 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from etude.errors import ModelError
-from etude.models.plans import PLAN, Decoding, PackedPlan, StaticPlan
+from etude.models.plans import PLAN, Decoding, PackedPlan, SharedPrefix, StaticPlan
 
 _PREFIX = "etude_"
 _KNOWN_TENSORS = ("position_ids", "cache_position")  # that families hand on, and attention needn't know
@@ -119,18 +119,24 @@ def _attend_to_cache(
     q: Tensor, keys: Tensor, values: Tensor, plan: PackedPlan, scores: Scores, window: int | None
 ) -> Tensor:
     """Sampling: each sequence attends to its slot of `keys`/`values` [slots, H_kv, length, d]."""
-    together = plan.decoding
+    shared = plan.shared if scores.plain and not window else []
+    together = plan.unshared if shared else plan.decoding
     if together is not None:
         decoded = _attend_block(q, keys, values, together, scores, window)
         if len(together.members) == len(plan.lengths) and together.dense:
             return decoded
     out = q.new_empty(*q.shape[:2], values.shape[-1])
+    done: set[int] = set()
     if together is not None:
         out[:, together.tokens] = decoded
+        done |= together.members
+    for group in shared:
+        out[:, group.tokens] = _attend_after_prefix(q[:, group.tokens], keys, values, group, scores.scaling)
+        done |= group.members
     for i, (start, length, past, slot) in enumerate(
         zip(plan.starts, plan.lengths, plan.past, plan.slots, strict=True)
     ):
-        if together is not None and i in together.members:
+        if i in done:
             continue
         first = max(0, past + 1 - window) if window else 0
         seen = slice(first, past + length)
@@ -139,6 +145,32 @@ def _attend_to_cache(
             part, keys[slot, :, seen], values[slot, :, seen], scores, window
         )
     return out
+
+
+def _attend_after_prefix(
+    q: Tensor, keys: Tensor, values: Tensor, group: SharedPrefix, scaling: float | None
+) -> Tensor:
+    """Rows with a common beginning: it is read once for all of them. `q` [H, R, d], [H, R, d] out.
+
+    Juravsky et al. 2024, "Hydragen", section 3.1, with one softmax over both parts.
+    """
+    heads, rows, dim = q.shape
+    kv_heads, one = keys.shape[1], int(group.slots[0])
+    q = q * (dim**-0.5 if scaling is None else scaling)
+    before, after = slice(group.length), slice(group.length, group.width)
+    q_KGRd = q.unflatten(0, (kv_heads, -1))
+    q_RKGd = q_KGRd.permute(2, 0, 1, 3)
+    first = q_KGRd.flatten(1, 2) @ keys[one, :, before].transpose(-1, -2)  # [K, G·R, P]
+    rest = q_RKGd @ keys[group.slots, :, after].transpose(-1, -2)  # [R, K, G, S]
+    rest = rest.masked_fill(~group.visible_RS[:, None, None], -torch.inf)
+    first = first.unflatten(1, (-1, rows)).permute(2, 0, 1, 3)  # [R, K, G, P]
+    scores = torch.cat([first, rest], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(values.dtype)
+    first, rest = weights.split([group.length, group.width - group.length], dim=-1)
+    out = rest @ values[group.slots, :, after]  # [R, K, G, d]
+    common = first.permute(1, 2, 0, 3).flatten(1, 2) @ values[one, :, before]  # [K, G·R, d]
+    out = out.permute(1, 2, 0, 3) + common.unflatten(1, (-1, rows))
+    return out.reshape(heads, rows, -1)
 
 
 def _attend_block(

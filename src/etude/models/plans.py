@@ -6,6 +6,7 @@ and for sampling in shapes that never change. Not covered: the attention that re
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,8 @@ class PackedPlan:
         lengths: tokens of each sequence in this step, in order.
         past: tokens of each sequence already in the cache (all 0 without one).
         cache, slots: the cache and each sequence's slot in it; None and empty in training.
+        families: for each sequence, a number and how many first tokens it shares with all others of that
+            number at least; None for a sequence of its own. May be left empty.
         positions_T, slots_T: of each token, its position in its sequence and its slot.
         windows: the sliding window that each layer asked for, written as the step runs.
     """
@@ -36,6 +39,7 @@ class PackedPlan:
     past: Sequence[int] = ()
     cache: SlotCache | None = None
     slots: Sequence[int] = ()
+    families: Sequence[tuple[int, int] | None] = ()
     device: torch.device | str = "cpu"
     positions_T: Tensor = field(init=False)
     slots_T: Tensor = field(init=False)  # empty without a cache
@@ -74,7 +78,29 @@ class PackedPlan:
     @cached_property
     def decoding(self) -> Decoding | None:
         """The sequences that add one token each, as one block of neighbouring slots, where that pays."""
-        rows = [i for i, n in enumerate(self.lengths) if n == 1]
+        return self._block(self._singles)
+
+    @cached_property
+    def shared(self) -> list[SharedPrefix]:
+        """Of those, the ones that begin alike, where reading their beginning once pays."""
+        members: dict[int, list[int]] = defaultdict(list)
+        for i in self._singles if self.families else ():
+            family = self.families[i]
+            if family is not None and family[1] <= self.past[i]:  # not while it is still being fed
+                members[family[0]].append(i)
+        return [group for rows in members.values() if (group := self._shared(rows)) is not None]
+
+    @cached_property
+    def unshared(self) -> Decoding | None:
+        """`decoding` without the members of `shared`."""
+        shared = {i for group in self.shared for i in group.members}
+        return self._block([i for i in self._singles if i not in shared])
+
+    @cached_property
+    def _singles(self) -> list[int]:
+        return [i for i, n in enumerate(self.lengths) if n == 1]
+
+    def _block(self, rows: list[int]) -> Decoding | None:
         if len(rows) < 2:
             return None
         seen = [self.past[i] + 1 for i in rows]
@@ -89,6 +115,19 @@ class PackedPlan:
         places = torch.tensor(slots, device=self.device) - first
         dense = starts == list(range(count)) and slots == list(range(first, first + count))
         return Decoding(set(rows), first, count, width, tokens, places, lengths.to(self.device), dense)
+
+    def _shared(self, rows: list[int]) -> SharedPrefix | None:
+        common = min(family[1] for i in rows if (family := self.families[i]) is not None)
+        seen = [self.past[i] + 1 for i in rows]
+        width = max(seen)
+        # What follows the common beginning is copied before it is read: three times the traffic.
+        if common + 3 * len(rows) * (width - common) > 0.7 * sum(seen):
+            return None
+        ages_R1 = torch.tensor(seen)[:, None] - 1 - common
+        visible_RS = ages_R1 >= torch.arange(width - common)
+        tokens = torch.tensor([self.starts[i] for i in rows], device=self.device)
+        slots = torch.tensor([self.slots[i] for i in rows], device=self.device)
+        return SharedPrefix(set(rows), common, width, tokens, slots, visible_RS.to(self.device))
 
 
 @dataclass
@@ -122,6 +161,18 @@ class Decoding:
             visible = age >= 0 if not window else (age >= 0) & (age < window)
             self.masks[window] = visible[:, None, None]
         return self.masks[window]
+
+
+@dataclass
+class SharedPrefix:
+    """Sequences that add one token each and have their first `length` tokens in common."""
+
+    members: set[int]
+    length: int
+    width: int
+    tokens: Tensor  # [R], places in the flat step
+    slots: Tensor  # [R]
+    visible_RS: Tensor  # what each may see of the S = width - length tokens that follow
 
 
 @dataclass

@@ -40,6 +40,7 @@ class PackedBackend:
             past=[feed.past for feed in feeds],
             cache=self.cache,
             slots=[feed.slot for feed in feeds],
+            families=[feed.family for feed in feeds],
             device=self.model.device,
         )
         inputs = packed_inputs([token for feed in feeds for token in feed.token_ids], plan)

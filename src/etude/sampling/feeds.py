@@ -13,11 +13,15 @@ from etude.sampling.memory import CacheCost
 
 @dataclass(slots=True)
 class Feed:
-    """Tokens that follow `past` tokens already in `slot`."""
+    """Tokens that follow `past` tokens already in `slot`.
+
+    `family` is a number, and how many first tokens all slots of that number hold in common.
+    """
 
     slot: int
     past: int
     token_ids: Sequence[int]
+    family: tuple[int, int] | None = None
 
     @property
     def end(self) -> int:

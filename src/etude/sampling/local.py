@@ -274,7 +274,7 @@ class LocalSampler:
             if prompt:
                 budget -= len(pending)
             if pending:
-                feeds.append(Feed(session.slot, session.cached, pending))
+                feeds.append(Feed(session.slot, session.cached, pending, session.family))
                 turns.append(turn)
         # Rows that decode first and by slot: in this order they are one block of the cache as they stand.
         order = sorted(range(len(feeds)), key=lambda i: (len(feeds[i].token_ids) > 1, feeds[i].slot))
@@ -297,6 +297,7 @@ class LocalSampler:
         if holder.slot is not None and holder.cached >= length:
             if self._backend.copy(holder.slot, session.slot, length):
                 session.cached = length
+                session.join(holder, length)
                 self.tokens_copied += length
         elif holder.slot is not None and holder.busy:
             return False

@@ -6,6 +6,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,9 @@ from etude.types import FinishReason, Sampled, SamplingParams
 
 if TYPE_CHECKING:
     from etude.sampling.local import LocalSampler
+
+
+_FAMILIES = count()  # numbers for them
 
 
 @dataclass(eq=False)
@@ -30,6 +34,7 @@ class LocalSession:
     ends: list[int] = field(default_factory=list)  # where its feeds ended, if the sampler is deterministic
     fed_version: int = 0  # of the weights that the feeds went through
     source: tuple[LocalSession, int] | None = None  # who holds its first tokens, and how many of them
+    family: tuple[int, int] | None = None  # see `feeds.Feed`
     busy: bool = False
     idle_since: int = 0  # the step at which its last turn ended
     closed: bool = False
@@ -41,16 +46,16 @@ class LocalSession:
 
     def history(self) -> torch.Tensor:
         """The tokens so far, [1, n], written token by token: processors ask for them at every one."""
-        count = len(self.token_ids)
-        if count > len(self._tensor):
-            grown = torch.empty(2 * count, dtype=torch.long, device=self.sampler.model.device)
+        length = len(self.token_ids)
+        if length > len(self._tensor):
+            grown = torch.empty(2 * length, dtype=torch.long, device=self.sampler.model.device)
             grown[: self._written] = self._tensor[: self._written]
             self._tensor = grown
-        if count > self._written:
+        if length > self._written:
             new = torch.tensor(self.token_ids[self._written :])
-            self._tensor[self._written : count] = new
-            self._written = count
-        return self._tensor[None, :count]
+            self._tensor[self._written : length] = new
+            self._written = length
+        return self._tensor[None, :length]
 
     def next_end(self, chunk: int, version: int) -> int:
         """Where the next feed ends, by the session's own history alone.
@@ -64,6 +69,16 @@ class LocalSession:
         if again == len(self.ends):
             self.ends.append(min(self.cached + chunk, len(self.token_ids)))
         return self.ends[again]
+
+    def join(self, holder: LocalSession, length: int) -> None:
+        """Share the first `length` tokens with `holder` and its family, or found one.
+
+        None shares more than the one that it joined by does: any members share what the least of them does.
+        """
+        if holder.family is None:
+            holder.family = (next(_FAMILIES), length)
+        number, shared = holder.family
+        self.family = (number, min(length, shared))
 
     def close(self) -> None:
         """Give up the session's cache; a turn that is being sampled in it fails."""

@@ -101,7 +101,7 @@ class Slots:
         """From now on nobody copies what the present holders have in their slots."""
         self._prefixes = Prefixes()
         for session in self.holders.values():
-            session.source = None
+            session.source = session.family = None
 
     def _evict(self, step: int, patience: int) -> None:
         idle = [
