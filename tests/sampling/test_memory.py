@@ -281,9 +281,10 @@ def test_a_budget_that_holds_no_session_is_refused_at_once():
 def test_the_sizes_are_said():
     model = build("llama", torch.float32)
     assert LocalSampler(model, Mute(), slots=16).describe() == (
-        "sampler: 16 slots × up to 1,024 tokens, 256 B per token: at most 5.0 MiB of keys and values"
+        "sampler: 16 slots × up to 1,024 tokens, 256 B per token: at most 5.0 MiB of keys and values, "
+        "and 67 KiB of prepacked weights"
     )
-    assert LocalSampler(model, Mute(), slots=16, cache_bytes="1MiB").describe() == (
+    assert LocalSampler(model, Mute(), slots=16, cache_bytes="1MiB", prepack=False).describe() == (
         "sampler: 16 slots × up to 1,024 tokens, 256 B per token: at most 1.0 MiB of keys and values, "
         "which hold 3 sessions of full length at once"
     )

@@ -32,7 +32,7 @@ from etude.models.prepacked import PrepackedLinears
 from etude.sampling.backends import choose_backend, free_memory
 from etude.sampling.draw import draw, draw_each
 from etude.sampling.feeds import Feed
-from etude.sampling.memory import CacheLimits, parse_size
+from etude.sampling.memory import CacheLimits, format_size, parse_size
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
 from etude.sampling.static import StaticBackend
@@ -137,7 +137,10 @@ class LocalSampler:
 
     def describe(self) -> str:
         """The sizes in one line, for the start of a run."""
-        return f"sampler: {self.limits.describe()}"
+        line = f"sampler: {self.limits.describe()}"
+        if self._linears is not None:
+            line += f", and {format_size(self._linears.nbytes)} of prepacked weights"
+        return line
 
     def session(self, *, seed: int) -> LocalSession:
         return LocalSession(self, seed)
