@@ -19,9 +19,7 @@ class GroupConfig(OnlineConfig):
     """What `GRPOConfig` and `RLOOConfig` share."""
 
     # How long.
-    num_train_epochs: float = setting(
-        3.0, "times that train() plays each task, each time with a whole group"
-    )
+    num_train_epochs: float = setting(3.0, "times that train() plays each task, each time with a whole group")
     max_steps: int = setting(-1, "optimizer steps of train(); overrules num_train_epochs; -1: that decides")
 
     # Rollouts.
@@ -46,8 +44,8 @@ class GroupConfig(OnlineConfig):
         super().__post_init__()
         if self.num_generations < 2:
             raise ConfigError(
-                f"num_generations is {self.num_generations}; expected at least 2: an episode is compared with "
-                "the others of its group, and a group of one has none"
+                f"num_generations is {self.num_generations}; expected at least 2: an episode is compared "
+                "with the others of its group, and a group of one has none"
             )
         if self.steps_per_generation is not None:
             require_at_least_one(self, "steps_per_generation")
