@@ -257,6 +257,29 @@ def test_without_beta_the_reference_is_not_computed(tokenizer, make_llama, monke
         assert (trainer.ref_model is None) == (beta == 0)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_gradient_checkpointing_changes_nothing_but_memory(adapter, tokenizer, make_llama):
+    after = []
+    for checkpointing in (False, True):
+        model = make_llama(0, F64)
+        if adapter:
+            torch.manual_seed(4)
+            model = add_adapter(model, lora_config(4, 8.0))
+        config = settings_of(GRPOConfig, gradient_checkpointing=checkpointing)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        trainer = GRPOTrainer(model, config, processing_class=tokenizer, optimizers=(optimizer, None))
+        assert trainer.learn(trajectories_of(group_rows(len(tokenizer))))["grad_norm"] > 1e-3
+        after.append(model.state_dict())
+    for name, parameter in after[0].items():
+        torch.testing.assert_close(parameter, after[1][name], atol=1e-12, rtol=0, msg=name)
+
+
+def test_a_model_by_the_name_of_its_directory(tokenizer, make_llama, tmp_path):
+    make_llama().save_pretrained(tmp_path)
+    trainer = RLOOTrainer(str(tmp_path), settings_of(RLOOConfig), processing_class=tokenizer)
+    assert torch.equal(trainer.model.lm_head.weight, make_llama().lm_head.weight)
+
+
 # ---- whole runs ----
 
 
