@@ -19,10 +19,14 @@ _EXPORTS = {
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
     "FunctionReward": "etude.rewards.function",
+    "GRPOConfig": "etude.trainers.group_config",
+    "GRPOTrainer": "etude.trainers.grpo",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
+    "RLOOConfig": "etude.trainers.group_config",
+    "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
     "SamplingParams": "etude.types",
     "Segment": "etude.types",
@@ -50,8 +54,12 @@ if TYPE_CHECKING:
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler
     from etude.sampling.local import LocalSampler as LocalSampler
+    from etude.trainers.group_config import GRPOConfig as GRPOConfig
+    from etude.trainers.group_config import RLOOConfig as RLOOConfig
+    from etude.trainers.grpo import GRPOTrainer as GRPOTrainer
     from etude.trainers.ppo import PPOTrainer as PPOTrainer
     from etude.trainers.ppo_config import PPOConfig as PPOConfig
+    from etude.trainers.rloo import RLOOTrainer as RLOOTrainer
     from etude.trainers.sft import SFTTrainer as SFTTrainer
     from etude.trainers.sft_config import SFTConfig as SFTConfig
     from etude.types import Episode as Episode

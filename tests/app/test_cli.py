@@ -109,7 +109,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "message"),
     [
         (["ppp"], "unknown command 'ppp'; did you mean ppo?"),
-        (["--config", "run.yaml"], "unknown command '--config'; expected one of sft, ppo"),
+        (["--config", "run.yaml"], "unknown command '--config'; expected one of sft, ppo, grpo, rloo"),
         (["ppo", "--learnin_rate", "1"], "unknown option --learnin_rate; did you mean --learning_rate?"),
     ],
 )

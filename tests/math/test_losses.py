@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import ConfigError, DataError
-from etude.math.losses import aggregate, clipped_policy_loss, clipped_value_loss
+from etude.math.losses import (
+    aggregate,
+    cispo_loss,
+    clipped_policy_loss,
+    clipped_value_loss,
+    reinforce_loss,
+    sequence_policy_loss,
+)
 
 NUMBERS = st.floats(-5, 5)
 
@@ -181,3 +188,52 @@ def test_clip_ranges_and_shapes():
         clipped_policy_loss(x, x, torch.zeros(2, 2))
     with pytest.raises(DataError, match="shapes differ"):
         clipped_value_loss(x, torch.zeros(1), x, clip=None)
+
+
+def test_sequence_loss_by_hand():
+    # Row 0 has ratios 2 and 8: geometric mean 4, product 16. Row 1 has one token of ratio .5, then padding.
+    old = f64([[-3.0, -4.0], [-2.0, float("nan")]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    start = f64([[2.0, 8.0], [0.5, 1.0]]).log() + old.nan_to_num()
+    advantages = f64([[1.0, 1.0], [-2.0, -2.0]])
+    logprobs = start.clone().requires_grad_()
+    loss, ratio, clipped = sequence_policy_loss(logprobs, old, advantages, mask, clip_low=0.6, clip_high=9.0)
+    torch.testing.assert_close(ratio, f64([[4.0, 4.0], [0.5, 0.5]]))
+    torch.testing.assert_close(loss.detach(), f64([[-4.0, -4.0], [1.0, 1.0]]))
+    assert not clipped.any()
+    # d(−A ρ) / d log π_t = −A ρ / n, from each of the n tokens that the loss is given to: −A ρ of the mean.
+    aggregate(loss, mask, mode="sequence").backward()
+    torch.testing.assert_close(logprobs.grad, f64([[-4 / 2 / 2, -4 / 2 / 2], [1 / 2, 0]]))
+
+    loss, ratio, clipped = sequence_policy_loss(start, old, advantages, mask, normalise=False)
+    torch.testing.assert_close(ratio, f64([[16.0, 16.0], [0.5, 0.5]]))
+    torch.testing.assert_close(loss, f64([[-1.2, -1.2], [1.6, 1.6]]))  # kept within 1 ± .2
+    assert clipped.all()
+
+
+def test_reinforce_loss_is_the_policy_gradient():
+    logprobs = f64([-0.5, -2.0]).requires_grad_()
+    advantages = f64([3.0, -1.0]).requires_grad_()
+    loss = reinforce_loss(logprobs, advantages)
+    assert loss.tolist() == [1.5, -2.0]
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == [-3.0, 1.0]
+    assert advantages.grad is None
+
+
+def test_cispo_by_hand():
+    # Ratios 1.5, 1.1 and .5, weights within [.8, 1.2]: the clipped tokens keep a gradient, −weight · A.
+    old = f64([-1.0, -2.0, -3.0])
+    logprobs = (old + f64([1.5, 1.1, 0.5]).log()).requires_grad_()
+    advantages = f64([2.0, 1.0, -1.0])
+    loss, ratio, clipped = cispo_loss(logprobs, old, advantages, clip_low=0.2, clip_high=0.2)
+    torch.testing.assert_close(ratio, f64([1.5, 1.1, 0.5]))
+    weights = f64([1.2, 1.1, 0.8])
+    torch.testing.assert_close(loss.detach(), -weights * advantages * logprobs.detach())
+    assert clipped.tolist() == [True, False, True]
+    loss.sum().backward()
+    torch.testing.assert_close(logprobs.grad, f64([-2.4, -1.1, 0.8]))
+    _, _, clipped = cispo_loss(logprobs, old, advantages)
+    assert clipped.tolist() == [True, False, False], "without a lower bound"
+    with pytest.raises(ConfigError, match="clip_high is -1"):
+        cispo_loss(logprobs, old, advantages, clip_high=-1)

@@ -41,6 +41,32 @@ trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
 
+GROUP_STEP = """
+import sys, torch
+from transformers import AutoTokenizer
+from etude import GRPOConfig, GRPOTrainer
+from etude.models.loading import load_causal_lm
+from etude.data.batch import Trajectory
+
+directory, processes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+model = load_causal_lm(f"{directory}/model", dtype="float64")
+config = GRPOConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4 // processes,
+                    num_generations=4, scale_rewards="batch", loss_type="grpo", max_grad_norm=0.5)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
+trainer = GRPOTrainer(model, config, processing_class=tokenizer, optimizers=(optimizer, None))
+generator = torch.Generator().manual_seed(2)
+ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
+rows = [Trajectory.of_response(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+rank = trainer.accelerator.process_index
+trainer.learn(rows[rank * 8 // processes:(rank + 1) * 8 // processes])
+if rank == 0:
+    trainer.model.save_pretrained(f"{directory}/after-{processes}")
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
 
 def launch(processes, *arguments, cwd=ROOT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -57,8 +83,9 @@ def model_directory(tmp_path, make_llama, tokenizer):
     return tmp_path
 
 
-def test_two_processes_end_in_the_weights_of_one(model_directory):
-    (model_directory / "step.py").write_text(STEP)
+@pytest.mark.parametrize("script", [STEP, GROUP_STEP], ids=["ppo", "grpo"])
+def test_two_processes_end_in_the_weights_of_one(model_directory, script):
+    (model_directory / "step.py").write_text(script)
     for processes in (1, 2):
         done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
         assert done.returncode == 0, done.stderr[-2000:]

@@ -44,6 +44,15 @@ class Command:
     required: tuple[str, ...] = ()
 
 
+# What a command that plays is made of, beside its trainer's settings.
+_PLAYING = {
+    "Model": "etude.app.arguments:ModelArguments",
+    "Tasks": "etude.app.arguments:TaskArguments",
+    "Environment": "etude.app.arguments:EnvironmentArguments",
+    "Run": "etude.app.arguments:RunArguments",
+}
+
+
 COMMANDS = {
     "sft": Command(
         "Fine-tune a model on demonstrations.",
@@ -57,13 +66,17 @@ COMMANDS = {
     ),
     "ppo": Command(
         "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
-        {
-            "Model": "etude.app.arguments:ModelArguments",
-            "Tasks": "etude.app.arguments:TaskArguments",
-            "Environment": "etude.app.arguments:EnvironmentArguments",
-            "Run": "etude.app.arguments:RunArguments",
-            "Training": "etude.trainers.ppo_config:PPOConfig",
-        },
+        {**_PLAYING, "Training": "etude.trainers.ppo_config:PPOConfig"},
+        required=("output_dir",),
+    ),
+    "grpo": Command(
+        "Train a model on tasks that it plays, with tools, by group relative policy optimisation.",
+        {**_PLAYING, "Training": "etude.trainers.group_config:GRPOConfig"},
+        required=("output_dir",),
+    ),
+    "rloo": Command(
+        "Train a model on tasks that it plays, with tools, by REINFORCE with a leave-one-out baseline.",
+        {**_PLAYING, "Training": "etude.trainers.group_config:RLOOConfig"},
         required=("output_dir",),
     ),
 }

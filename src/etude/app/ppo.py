@@ -1,18 +1,11 @@
-"""`etude ppo`: a model plays tasks with tools and learns from its scores, by PPO.
-
-The script behind the command: copy it and change what you like.
-"""
+"""`etude ppo`: a model plays tasks with tools and learns from its scores, by PPO. See `play`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
-from transformers import set_seed
+from functools import partial
 
 from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArguments, TaskArguments
-from etude.app.references import load_object
-from etude.environments.text import TextEnvironment
-from etude.models.loading import load_tokenizer
+from etude.app.play import train_by_playing
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.trainers.ppo import PPOTrainer
 from etude.trainers.ppo_config import PPOConfig
@@ -26,46 +19,6 @@ def run(
     config: PPOConfig,
 ) -> None:
     """Train, and leave everything in `config.output_dir`."""
-    # Code and data come before the model: mistakes in them show at once.
-    tools = [load_object(reference, "etude.tools") for reference in episodes.tools]
-    rewards = [load_object(reference, "etude.rewards") for reference in episodes.rewards]
-    reward_fn = load_object(episodes.reward_fn, "etude.rewards") if episodes.reward_fn else None
-    train, validation, held_out = (tasks.rows(part) for part in ("train", "eval", "test"))
-
-    set_seed(config.seed)  # the value head and the adapter start at random
-    tokenizer = load_tokenizer(**model_arguments.tokenizer_place)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(
-        model_arguments.model_name_or_path,
-        peft_config=model_arguments.peft_config(),
-        **model_arguments.loading,
-    )
-    environment = TextEnvironment(
-        model,
-        tokenizer,
-        tools=tools,
-        rewards=rewards,
-        reward_fn=reward_fn,
-        prompt=episodes.prompt_text(),
-        max_turns=episodes.max_turns,
-        max_tool_reponse=episodes.max_tool_response,
-        max_tool_response_tokens=episodes.max_tool_response_tokens,
-        max_tool_calls=episodes.max_tool_calls,
-        max_length=episodes.max_length,
-        tool_timeout=episodes.tool_timeout,
-        generation_kwargs=episodes.generation,
-    )
-    trainer = PPOTrainer(
-        config,
-        model,
-        tokenizer=tokenizer,
-        environment=environment,
-        train_dataset=train,
-        eval_dataset=validation,
-        test_dataset=held_out,
-    )
-    trainer.run_config = {**asdict(model_arguments), **asdict(tasks), **asdict(episodes)}
-    summary = trainer.train(resume_from_checkpoint=start.resume_from_checkpoint)
-    if trainer.accelerator.is_main_process:
-        if summary.before is not None and summary.after is not None:
-            print(f"success on held-out tasks: {summary.before:.1%} before, {summary.after:.1%} after")
-        print(f"report: {summary.report}")
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    trainer = partial(PPOTrainer, config)
+    train_by_playing(load, trainer, model_arguments, tasks, episodes, start, config.seed)

@@ -1,8 +1,8 @@
-"""PPO's clipped losses per token, and the ways to average them.
+"""Policy and value losses per token, and the ways to average them.
 
-Covered: policy and value losses as functions of one token, and `aggregate`, which turns a loss per token
-into a number. Not covered: entropy and KL terms (`logprobs.entropy`, `kl`), supervised, preference and
-reward-model losses.
+Covered: the losses of PPO, GSPO, REINFORCE and CISPO as functions of one token (or one sequence), and
+`aggregate`, which turns a loss per token into a number. Not covered: entropy and KL terms
+(`logprobs.entropy`, `kl`), supervised, preference and reward-model losses.
 """
 
 from __future__ import annotations
@@ -55,6 +55,101 @@ def clipped_policy_loss(
     unclipped_loss = -advantages * ratio
     clipped_loss = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(unclipped_loss, clipped_loss), ratio.detach(), clipped_loss > unclipped_loss
+
+
+def sequence_policy_loss(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float | None = None,
+    normalise: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`clipped_policy_loss` with one ratio per sequence, given to each of its tokens.
+
+    - `normalise=True`: ρ = exp(mean over tokens of log π − log π_old), the geometric mean of the tokens'
+      ratios (Zheng et al. 2025, "Group sequence policy optimization", eq. 7; the loss is eq. 5).
+    - `normalise=False`: ρ = exp(sum of them), the ratio of the sequence's own probabilities: the sequence
+      is one action (Ahmadian et al. 2024, section 3, for RLOO).
+
+    `aggregate(mode="sequence")` of it is the mean over sequences of these papers.
+
+    Args:
+        logprobs_BT: [B, T], log π(token) now; the only input that takes part in the gradient.
+        old_logprobs_BT, advantages_BT: the same shape.
+        mask_BT: the same shape; nonzero where there is a token. Elsewhere the others may hold anything.
+        clip_low, clip_high: as for `clipped_policy_loss`.
+
+    Returns:
+        As `clipped_policy_loss`, [B, T] each.
+
+    Raises:
+        ConfigError: a clip range is negative.
+        DataError: the shapes differ.
+    """
+    require_same_shape(logprobs=logprobs_BT, old_logprobs=old_logprobs_BT, mask=mask_BT)
+    mask_BT = mask_BT.bool()
+    moved_B = torch.where(mask_BT, logprobs_BT - old_logprobs_BT.detach(), 0).sum(-1)
+    if normalise:
+        moved_B = moved_B / mask_BT.sum(-1).clamp_min(1)
+    moved_BT = moved_B[:, None].expand_as(logprobs_BT)
+    return clipped_policy_loss(
+        moved_BT, torch.zeros_like(moved_BT), advantages_BT, clip_low=clip_low, clip_high=clip_high
+    )
+
+
+def reinforce_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """−A log π(token): its gradient is the policy gradient itself, without ratio and clipping.
+
+    Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement
+    learning", eq. 11. Only right for one step on tokens that the present policy sampled.
+
+    Args:
+        logprobs: any shape, log π(token) now; the only input that takes part in the gradient.
+        advantages: the same shape.
+
+    Raises:
+        DataError: the shapes differ.
+    """
+    require_same_shape(logprobs=logprobs, advantages=advantages)
+    return -advantages.detach() * logprobs
+
+
+def cispo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 1.0,
+    clip_high: float = 0.2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """−sg(clip(ρ, 1 − clip_low, 1 + clip_high)) A log π: weights are clipped, every token has a gradient.
+
+    MiniMax 2025, "MiniMax-M1: scaling test-time compute efficiently with lightning attention", eq. 4 and 5
+    (CISPO). PPO's clip silences rare tokens that moved far in one step; this bounds their weight instead.
+
+    Args:
+        logprobs: any shape, log π(token) now; the only input that takes part in the gradient.
+        old_logprobs, advantages: the same shape.
+        clip_low: how far below 1 the weight may be, >= 0; from 1 on no bound, as in the paper's own runs.
+        clip_high: how far above 1, >= 0.
+
+    Returns:
+        (loss, ratio, clipped), each of the same shape; ratio without gradient; clipped is true where the
+        weight isn't the ratio.
+
+    Raises:
+        ConfigError: a clip range is negative.
+        DataError: the shapes differ.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+        _require_not_negative(name, clip)
+    ratio = torch.exp(logprobs - old_logprobs).detach()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return reinforce_loss(logprobs, weight * advantages), ratio, weight != ratio
 
 
 def clipped_value_loss(

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
 from etude.errors import CheckpointError
+from etude.models.loading import load_causal_lm
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.trainers.setup import Policy
 
 if TYPE_CHECKING:
     from etude.trainers.online import OnlineTrainer
@@ -22,7 +25,7 @@ _STATE, _TENSORS = "trainer_state.json", "trainer_state.pt"
 
 
 def save_checkpoint(trainer: OnlineTrainer, directory: Path) -> None:
-    trainer.model.save_pretrained(directory)
+    trainer.model.save_pretrained(str(directory))  # peft takes no Path
     trainer.tokenizer.save_pretrained(directory)
     schedule = trainer.lr_scheduler
     tensors = {
@@ -57,8 +60,16 @@ def load_checkpoint(trainer: OnlineTrainer, directory: Path) -> None:
     trainer.load_state_dict(state)
 
 
-def load_weights(model: AutoModelForCausalLMWithValueHead, directory: Path) -> None:
+def load_weights(model: Policy, directory: Path) -> None:
     """Read a saved model's weights into `model`, in place: whoever shares its tensors follows."""
-    saved = AutoModelForCausalLMWithValueHead.from_pretrained(directory, dtype=model.dtype)
+    if isinstance(model, PeftModel):  # the directory holds its adapter only
+        set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
+        return
+    load = (
+        AutoModelForCausalLMWithValueHead.from_pretrained
+        if isinstance(model, AutoModelForCausalLMWithValueHead)
+        else load_causal_lm
+    )
+    saved = load(directory, dtype=model.dtype)
     with torch.no_grad():
         model.load_state_dict(saved.state_dict())

@@ -67,6 +67,7 @@ class Minibatch:
         observed: those rows, padded to the longest of them.
         logprobs, entropies, values: [B, N], now; gradients flow through the first and the last.
         denominator: sampled tokens of the whole optimizer step, over accumulation steps and processes.
+        sequences: the same for trajectories with a sampled token.
     """
 
     indices: list[int]
@@ -75,6 +76,7 @@ class Minibatch:
     entropies: Tensor
     values: Tensor
     denominator: Tensor
+    sequences: Tensor
 
 
 # Takes a mini-batch; gives the loss, already divided by the denominator, and numbers to report.
@@ -114,6 +116,7 @@ class Learner:
         max_grad_norm: clip gradients to this norm; None: don't.
         temperature: that the trajectories were sampled at.
         kl_kind: how the KL per token is estimated.
+        uses_reference: False where nothing is held close to a reference: it isn't computed, and the KL is 0.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class Learner:
         max_grad_norm: float | None,
         temperature: float,
         kl_kind: KLKind | str,
+        uses_reference: bool = True,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
@@ -140,6 +144,7 @@ class Learner:
         self.max_grad_norm = max_grad_norm
         self.temperature = temperature
         self.kl_kind = kl_kind
+        self.uses_reference = uses_reference
 
     @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
@@ -161,8 +166,10 @@ class Learner:
         batch = PackedBatch.of(trajectories, self.accelerator.device)
         full = self.kl_kind == "full"
         output = self._forward(self.policy, batch, keep_logits=full)
-        with self._as_reference() as reference:
-            expected = self._forward(reference, batch, keep_logits=full)
+        expected = output
+        if self.uses_reference:
+            with self._as_reference() as reference:
+                expected = self._forward(reference, batch, keep_logits=full)
         if full:
             assert output.logits is not None
             assert expected.logits is not None
@@ -219,12 +226,13 @@ class Learner:
     def _optimizer_step(
         self, experience: Experience, indices: list[int], loss: LossFunction, log: UpdateLog
     ) -> None:
-        denominator = self.global_count(experience.mask[indices].sum())
+        mask = experience.mask[indices]
+        denominator, sequences = self.global_count(mask.sum()), self.global_count(mask.any(1).sum())
         if denominator == 0:
             return  # nothing was sampled in any of these, on any process
         pieces = list(_pieces(indices, self.mini_batch_size))
         for i, piece in enumerate(pieces):
-            minibatch = self._minibatch(experience, piece, denominator, is_last=i == len(pieces) - 1)
+            minibatch = self._minibatch(experience, piece, denominator, sequences, i == len(pieces) - 1)
             with self._synchronised(i == len(pieces) - 1):
                 value, numbers = loss(minibatch)
                 # Gradients are averaged over processes, and the denominator already counts all of them.
@@ -241,7 +249,12 @@ class Learner:
         self.optimizer.zero_grad()
 
     def _minibatch(
-        self, experience: Experience, indices: list[int], denominator: Tensor, is_last: bool
+        self,
+        experience: Experience,
+        indices: list[int],
+        denominator: Tensor,
+        sequences: Tensor,
+        is_last: bool,
     ) -> Minibatch:
         observed = experience.rows(indices)
         batch = PackedBatch.of(observed.trajectories, self.accelerator.device)
@@ -255,6 +268,7 @@ class Learner:
             batch.unpack(output.entropies),
             batch.unpack(values),
             denominator,
+            sequences,
         )
 
     def _forward(self, policy: nn.Module, batch: PackedBatch, keep_logits: bool = False) -> PolicyOutput:

@@ -28,7 +28,6 @@ from etude.data.files import load_rows
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.reporting.report import write_report
 from etude.reporting.terminal import TrainingDisplay
 from etude.runtime.loop import run_sync
@@ -38,7 +37,8 @@ from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from etude.trainers.episode_metrics import episode_metrics
 from etude.trainers.interrupt import interrupt_after
-from etude.trainers.ppo_config import PPOConfig
+from etude.trainers.online_config import OnlineConfig
+from etude.trainers.setup import Policy
 from etude.types import Episode
 
 _TASKS, _EPISODES, _EVALUATION = 1, 2, 3  # names of random streams
@@ -68,9 +68,9 @@ class TrainSummary:
 class OnlineTrainer(ABC):
     """Plays tasks in an environment and learns from what happened."""
 
-    config: PPOConfig
+    config: OnlineConfig
     accelerator: Accelerator
-    model: AutoModelForCausalLMWithValueHead
+    model: Policy
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
@@ -79,12 +79,18 @@ class OnlineTrainer(ABC):
     eval_dataset: Any
     test_dataset: Any
     current_step: int
+    plays = 1  # episodes of each task in an iteration
     _updating = False  # weights are half-way between two iterations
     run_config: Mapping[str, Any] = MappingProxyType({})  # settings beside the config, kept with the run
 
     @abstractmethod
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """One iteration's update; returns its statistics."""
+
+    @property
+    @abstractmethod
+    def total_iterations(self) -> int:
+        """How often `train` plays and learns, iterations before a resumption counted."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -94,7 +100,7 @@ class OnlineTrainer(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
     def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainSummary:
-        """Train for `config.steps` episodes.
+        """Play and learn `total_iterations` times.
 
         Args:
             resume_from_checkpoint: True goes on from the newest checkpoint in `output_dir`, a path from
@@ -108,7 +114,7 @@ class OnlineTrainer(ABC):
         """
         started = time.monotonic()
         run = self._open_run(resume_from_checkpoint)
-        total = self.config.total_ppo_epochs
+        total = self.total_iterations
         display = TrainingDisplay(
             total,
             title=Path(run.path).name,
@@ -327,9 +333,10 @@ class OnlineTrainer(ABC):
     # Tasks.
 
     def _task(self, step: int, index: int) -> Mapping[str, Any]:
-        """The `index`-th task of an iteration: tasks are gone through in an order that is new each time."""
+        """What the `index`-th episode of an iteration plays: tasks come in an order that is new each time."""
         rows = self.train_rows
-        position = step * self.config.batch_size * self.accelerator.num_processes + index
+        played = step * self.config.batch_size * self.accelerator.num_processes + index
+        position = played // self.plays
         epoch, place = divmod(position, len(rows))
         return rows[self._order(epoch)[place]]
 

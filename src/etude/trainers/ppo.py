@@ -12,11 +12,8 @@ algorithms"), for language models as Ziegler et al. 2019 and Stiennon et al. 202
 from __future__ import annotations
 
 import math
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +22,28 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
-from etude.errors import ConfigError, DataError, ModelError
+from etude.errors import ConfigError
 from etude.math.kl import AdaptiveKLController, FixedKLController, KLController
 from etude.math.losses import aggregate, clipped_policy_loss, clipped_value_loss
 from etude.math.running import RunningMoments
-from etude.models.forward import PolicyForward
-from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.runtime.model_card import write_model_card
 from etude.runtime.run import RunDirectory
-from etude.sampling.draw import mix
-from etude.sampling.generate import continue_all
-from etude.sampling.local import LocalSampler
-from etude.sampling.params import sampling_params
 from etude.trainers.clock import Clock
 from etude.trainers.columns import used_columns
 from etude.trainers.credit import Credit, gae_credit
-from etude.trainers.learner import Learner, Minibatch, UpdateLog
-from etude.trainers.online import OnlineTrainer
+from etude.trainers.learner import Minibatch, UpdateLog
+from etude.trainers.policy import PolicyTrainer
 from etude.trainers.ppo_config import PPOConfig
 from etude.trainers.ppo_stats import minibatch_stats, step_stats
-from etude.trainers.setup import (
-    changed_settings,
-    empty_device_cache,
-    flat_settings,
-    make_accelerator,
-    with_value_head,
-)
+from etude.trainers.setup import empty_device_cache, with_value_head
 from etude.trainers.step_checks import check_step, finite_score
 
-_GENERATE, _ORDER = 4, 5  # names of random streams
 
-
-class PPOTrainer(OnlineTrainer):
+class PPOTrainer(PolicyTrainer):
     """PPO with a value head on the policy's trunk.
 
     The arguments up to `lr_scheduler` are TRL 0.7.4's.
@@ -83,6 +65,10 @@ class PPOTrainer(OnlineTrainer):
         test_dataset: held-out tasks, measured before and after; nothing is chosen by them.
     """
 
+    method = "ppo"
+    config: PPOConfig
+    model: AutoModelForCausalLMWithValueHead
+
     def __init__(
         self,
         config: PPOConfig,
@@ -102,63 +88,36 @@ class PPOTrainer(OnlineTrainer):
     ) -> None:
         if not isinstance(config, PPOConfig):
             raise ConfigError(f"config is a {type(config).__name__}; expected a PPOConfig")
-        if tokenizer is None and environment is not None:
-            tokenizer = environment.tokenizer
-        if tokenizer is None:
-            raise ConfigError("PPOTrainer needs the model's tokenizer; pass tokenizer= or environment=")
-        self.config = config
-        self.tokenizer = tokenizer
-        self.environment = environment
-        self.train_dataset, self.eval_dataset, self.test_dataset = train_dataset, eval_dataset, test_dataset
-        self.accelerator = make_accelerator(config)
-        self.model = with_value_head(model)
-        self.is_peft_model = self.model.is_peft_model
-        self.is_encoder_decoder = False
-        self._fill_in_config()
-
-        self.ref_model = self._reference(ref_model, num_shared_layers)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if not trainable:
-            raise ModelError("no parameter of the model requires a gradient; load it with is_trainable=True")
-        optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate)
-        self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
-        policy, self.optimizer = self.accelerator.prepare(PolicyForward(self.model), optimizer)
-        reference = None
-        if self.ref_model is not None:
-            reference = self.accelerator.prepare_model(PolicyForward(self.ref_model), evaluation_mode=True)
-        self.learner = Learner(
-            self.accelerator,
-            policy,
-            reference,
-            self.optimizer,
-            mini_batch_size=config.mini_batch_size,
-            accumulation=config.gradient_accumulation_steps,
+        super().__init__(
+            config,
+            with_value_head(model),
+            tokenizer=tokenizer,
+            ref_model=ref_model,
+            num_shared_layers=num_shared_layers,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            environment=environment,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            test_dataset=test_dataset,
             epochs=config.ppo_epochs,
-            max_grad_norm=config.max_grad_norm,
-            temperature=config.temperature,
             kl_kind={"kl": "k1", "mse": "k2"}.get(config.kl_penalty, config.kl_penalty),
         )
-
+        self.is_encoder_decoder = False
+        self._fill_in_config()
         self.kl_ctl: KLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
             if config.adap_kl_ctrl
             else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments()
-        self.current_step = 0
         self.highest_reward = -math.inf
-        self.current_device = self.accelerator.device
         self.dataset = dataset
         self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
-        self._generated = 0
-        if config.report_to:
-            self.accelerator.init_trackers(
-                config.tracker_project_name,
-                flat_settings(config.to_dict()),
-                init_kwargs=config.tracker_kwargs,
-            )
+
+    @property
+    def total_iterations(self) -> int:
+        return self.config.total_ppo_epochs
 
     # The algorithm.
 
@@ -180,11 +139,8 @@ class PPOTrainer(OnlineTrainer):
             accelerator=self.accelerator,
         )
         clock.lap("compute_advantages")
-        order = torch.Generator().manual_seed(
-            mix(config.seed, _ORDER, self.current_step, self.accelerator.process_index)
-        )
         log = self.learner.update(
-            experience, lambda minibatch: self.loss(minibatch, credit), order, self._moved_too_far
+            experience, lambda minibatch: self.loss(minibatch, credit), self._shuffles(), self._moved_too_far
         )
         clock.lap("optimize_step")
         if not log.numbers:
@@ -299,80 +255,6 @@ class PPOTrainer(OnlineTrainer):
             empty_device_cache(self.current_device)
         return stats
 
-    def generate(
-        self,
-        query_tensor: Tensor | list[Tensor],
-        length_sampler: Callable[[], int] | None = None,
-        batch_size: int = 4,
-        return_prompt: bool = True,
-        generate_ref_response: bool = False,
-        **generation_kwargs: Any,
-    ) -> Any:
-        """Continue queries with the current policy.
-
-        Args:
-            query_tensor: token ids [q], or a list of such.
-            length_sampler: gives `max_new_tokens`, anew for each query.
-            batch_size: taken for compatibility; the sampler batches by itself.
-            return_prompt: put the query before each response.
-            generate_ref_response: also continue with the reference policy.
-            generation_kwargs: as for `transformers`' `generate`: greedy unless `do_sample=True`. A
-                `forced_prefix` begins each response; for `step`, mask its tokens with 0 in
-                `response_masks`.
-
-        Returns:
-            A list of token ids [n] for a list of queries, [1, n] for a single one; a pair of these with
-            `generate_ref_response`.
-        """
-        queries = query_tensor if isinstance(query_tensor, list) else [query_tensor]
-        for query in queries:
-            if query.dim() != 1:
-                raise DataError(f"a query has shape {tuple(query.shape)}; expected token ids [q]")
-        settings = []
-        for _ in queries:
-            limit = {} if length_sampler is None else {"max_new_tokens": int(length_sampler())}
-            settings.append(sampling_params({**generation_kwargs, **limit}, self.tokenizer, do_sample=False))
-
-        first = self._generated
-        self._generated += len(queries)
-        seeds = [mix(self.config.seed, _GENERATE, first + i) for i in range(len(queries))]
-
-        def continued(sampler: LocalSampler) -> Any:
-            turns = continue_all(sampler, [query.tolist() for query in queries], settings, seeds)
-            responses = [q.new_tensor(turn.token_ids) for q, turn in zip(queries, turns, strict=True)]
-            if return_prompt:
-                responses = [torch.cat([q, r]) for q, r in zip(queries, responses, strict=True)]
-            return responses if isinstance(query_tensor, list) else responses[0][None]
-
-        result = continued(self.sampler)
-        if not generate_ref_response:
-            return result
-        with self._reference_sampler() as sampler:
-            return result, continued(sampler)
-
-    @contextmanager
-    def _reference_sampler(self) -> Iterator[LocalSampler]:
-        if self.ref_model is not None:
-            yield self._sampler_of_reference
-        else:
-            with reference_by_disabled_adapters(self.model):
-                yield self._sampler_over(self.model)
-
-    @cached_property
-    def _sampler_of_reference(self) -> LocalSampler:
-        assert self.ref_model is not None
-        return self._sampler_over(self.ref_model)
-
-    def _sampler_over(self, model: nn.Module) -> LocalSampler:
-        config = self.config
-        return LocalSampler(
-            model,
-            self.tokenizer,
-            slots=config.slots,
-            cache_bytes=config.cache_bytes,
-            deterministic=config.deterministic,
-        )
-
     def log_stats(
         self,
         stats: Mapping[str, Any],
@@ -420,40 +302,14 @@ class PPOTrainer(OnlineTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Write model, tokenizer and a model card to `output_dir` (the config's by default)."""
-        directory = output_dir if output_dir is not None else self.config.output_dir
-        if directory is None:
-            raise ConfigError("nowhere to save the model; pass a directory or set output_dir")
-        if self.accelerator.is_main_process:
-            self._write_model(directory, Path(directory).resolve().name)
-
-    def push_to_hub(self) -> None:
-        """Upload model, tokenizer and model card to `hub_model_id` (by default named as `output_dir`)."""
-        name = self.config.hub_model_id or Path(self.config.output_dir or "model").resolve().name
-        if not self.accelerator.is_main_process:
-            return
-        api = HfApi()
-        repo = api.create_repo(name, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self._write_model(folder, name.rpartition("/")[2])
-            api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Trained with PPO")
-
-    def _write_model(self, directory: str | Path, name: str) -> None:
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
-        write_model_card(
-            directory,
-            model_name=name,
-            base_model=self.model.config.name_or_path or None,
-            trainer="PPOTrainer",
-            method="ppo",
-            config_summary=changed_settings(self.config),
-        )
-
     def save_pretrained(self, save_directory: str | Path) -> None:
         """TRL's name of `save_model`."""
         self.save_model(save_directory)
+
+    def push_to_hub(self) -> None:
+        """Upload model, tokenizer and model card to `hub_model_id` (by default named as `output_dir`)."""
+        if self.accelerator.is_main_process:
+            self._upload(HfApi())
 
     # State.
 
@@ -473,27 +329,9 @@ class PPOTrainer(OnlineTrainer):
 
     def _fill_in_config(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
-        config.world_size = processes
         config.global_batch_size = config.batch_size * processes
         config.global_backward_batch_size = config.backward_batch_size * processes
         config.is_encoder_decoder, config.is_peft_model = self.is_encoder_decoder, self.is_peft_model
-
-    def _reference(self, ref_model: nn.Module | None, num_shared_layers: int | None) -> nn.Module | None:
-        if ref_model is not None:
-            if num_shared_layers is not None:
-                raise ConfigError("num_shared_layers only works without ref_model; leave one of them out")
-            return ref_model.requires_grad_(False).eval()
-        if self.is_peft_model:
-            return None
-        return create_reference_model(self.model, num_shared_layers)
-
-    def _default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        return get_scheduler(
-            self.config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=self.config.warmup_steps,
-            num_training_steps=self.config.total_ppo_epochs,
-        )
 
     def _push_if_best(self, mean_score: float) -> None:
         kwargs = self.config.push_to_hub_if_best_kwargs

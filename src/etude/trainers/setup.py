@@ -14,11 +14,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from etude.errors import ModelError
+from etude.models.loading import load_causal_lm
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.trainers.ppo_config import PPOConfig
+from etude.trainers.online_config import OnlineConfig
+
+Policy = AutoModelForCausalLMWithValueHead | PreTrainedModel | PeftModel
 
 
-def make_accelerator(config: PPOConfig) -> Accelerator:
+def make_accelerator(config: OnlineConfig) -> Accelerator:
     # Left to itself, accelerate takes several processes without a GPU for so many runs of their own.
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     return Accelerator(
@@ -42,14 +45,32 @@ def with_value_head(model: Any) -> AutoModelForCausalLMWithValueHead:
     )
 
 
+def without_value_head(model: Any) -> PreTrainedModel | PeftModel:
+    if isinstance(model, PreTrainedModel | PeftModel):
+        return model
+    if isinstance(model, str | Path):
+        return load_causal_lm(model)
+    hint = " (its pretrained_model)" if isinstance(model, AutoModelForCausalLMWithValueHead) else ""
+    raise ModelError(
+        f"model is a {type(model).__name__}; expected a causal language model of transformers{hint}, with or "
+        "without adapters, or a directory or hub id: there is no value to learn here"
+    )
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    # transformers 5.23 renamed the method and warns about the old name, which 5.20 and value heads know only.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
 def empty_device_cache(device: torch.device) -> None:
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).empty_cache()
 
 
-def changed_settings(config: PPOConfig) -> dict[str, Any]:
+def changed_settings(config: OnlineConfig) -> dict[str, Any]:
     """The settings that differ from their defaults, without places and names of this machine's."""
-    default = PPOConfig().to_dict()
+    default = type(config)().to_dict()
     private = {"output_dir", "project_kwargs", "tracker_kwargs", "hub_model_id", "push_to_hub_if_best_kwargs"}
     return {k: v for k, v in config.to_dict().items() if v != default[k] and k not in private}
 

@@ -1,0 +1,156 @@
+"""`GRPOConfig` and `RLOOConfig`: the settings of the algorithms that compare a group's episodes.
+
+In TRL 1.x's names. Its batch sizes count episodes, and so do these; what is sampled, and how long, the
+environment says.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from etude.errors import ConfigError
+from etude.trainers.online_config import OnlineConfig, require_at_least_one, setting
+
+
+@dataclass
+class GroupConfig(OnlineConfig):
+    """What `GRPOConfig` and `RLOOConfig` share."""
+
+    # How long.
+    num_train_epochs: float = setting(3.0, "times that train() plays each task, each time with a whole group")
+    max_steps: int = setting(-1, "optimizer steps of train(); overrules num_train_epochs; -1: that decides")
+
+    # Rollouts.
+    num_generations: int = setting(8, "episodes of each task in an iteration: a group")
+    per_device_train_batch_size: int = setting(8, "episodes per forward and backward pass and process")
+    steps_per_generation: int | None = setting(
+        None, "passes that an iteration's episodes make up; gradient_accumulation_steps by default"
+    )
+
+    # Optimisation.
+    learning_rate: float = setting(1e-6, "learning rate of Adam")
+    max_grad_norm: float | None = setting(1.0, "clip gradients to this norm; none: don't")
+    num_iterations: int = setting(1, "times each batch is gone through")
+
+    # The objective.
+    beta: float = setting(0.0, "weight of the KL to the reference; 0: there is no reference")
+    epsilon: float = setting(0.2, "how far below 1 the policy ratio still counts")
+    epsilon_high: float | None = setting(None, "how far above 1; epsilon by default")
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, "per_device_train_batch_size", "num_iterations")
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise ConfigError(
+                f"num_generations is {self.num_generations}; expected at least 2: an episode is compared "
+                "with the others of its group, and a group of one has none"
+            )
+        if self.steps_per_generation is not None:
+            require_at_least_one(self, "steps_per_generation")
+        if self.passes % self.gradient_accumulation_steps:
+            raise ConfigError(
+                f"steps_per_generation is {self.passes}; expected a multiple of gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}), so that an iteration ends with an optimizer step"
+            )
+        if self.batch_size % self.num_generations:
+            raise ConfigError(
+                f"an iteration has per_device_train_batch_size × steps_per_generation = {self.batch_size} "
+                f"episodes per process; expected a multiple of num_generations ({self.num_generations}), so "
+                "that groups are whole"
+            )
+        if not self.beta >= 0:
+            raise ConfigError(f"beta is {self.beta}; expected a number >= 0")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ConfigError(
+                f"max_steps is {self.max_steps}; expected at least 1, or -1 for num_train_epochs"
+            )
+        if not self.num_train_epochs > 0:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; expected a number above 0")
+        for name in ("epsilon", "epsilon_high"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number >= 0")
+
+    @property
+    def passes(self) -> int:
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    @property
+    def mini_batch_size(self) -> int:
+        """Episodes per forward and backward pass."""
+        return self.per_device_train_batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """Episodes per iteration and process."""
+        return self.per_device_train_batch_size * self.passes
+
+    def iterations(self, tasks: int) -> int:
+        """How often train() plays and learns, with so many tasks to go through."""
+        if self.max_steps > 0:
+            per_iteration = self.passes // self.gradient_accumulation_steps * self.num_iterations
+            return math.ceil(self.max_steps / per_iteration)
+        per_iteration = self.batch_size * (self.world_size or 1)
+        return math.ceil(self.num_train_epochs * tasks * self.num_generations / per_iteration)
+
+
+@dataclass
+class GRPOConfig(GroupConfig):
+    """Settings of `GRPOTrainer`. The `help` of each field is what the command line shows."""
+
+    beta: float = setting(0.0, "weight of the KL to the reference in the loss; 0: there is no reference")
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = setting(
+        "dapo",
+        "'dapo': mean over the tokens of an optimizer step ('bnpo', which takes that of one pass in TRL, is "
+        "the same here); 'grpo': mean over episodes of each one's mean; 'dr_grpo': sum over tokens / "
+        "(episodes × max_completion_length); 'cispo': clipped weights, no clipped gradients, else as dapo",
+    )
+    max_completion_length: int | None = setting(
+        None, "tokens an episode can have sampled at most, by which 'dr_grpo' divides"
+    )
+    scale_rewards: bool | Literal["group", "batch", "none"] = setting(
+        "group",
+        "divide advantages by the standard deviation of the group's scores (group or true), of all (batch), "
+        "or don't (none or false)",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = setting(
+        "token", "a policy ratio per token, or one per episode, the geometric mean of its tokens' (GSPO)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward_scale not in ("group", "batch", "none"):
+            raise ConfigError(f"scale_rewards is {self.scale_rewards!r}; expected group, batch or none")
+        if self.loss_type == "cispo" and self.importance_sampling_level == "sequence":
+            raise ConfigError("loss_type cispo weighs tokens; leave importance_sampling_level at token")
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ConfigError(
+                "loss_type dr_grpo divides by a constant; set max_completion_length to the tokens that the "
+                "environment lets an episode sample at most (max_new_tokens × max_turns)"
+            )
+        if self.loss_type != "dr_grpo" and self.max_completion_length is not None:
+            raise ConfigError(
+                "max_completion_length does nothing without loss_type dr_grpo; how long an episode gets is "
+                "the environment's: generation_kwargs={'max_new_tokens': …}"
+            )
+        if self.max_completion_length is not None:
+            require_at_least_one(self, "max_completion_length")
+
+    @property
+    def reward_scale(self) -> Literal["group", "batch", "none"]:
+        """`scale_rewards`, its older spelling as a flag translated."""
+        if isinstance(self.scale_rewards, bool):
+            return "group" if self.scale_rewards else "none"
+        return self.scale_rewards
+
+
+@dataclass
+class RLOOConfig(GroupConfig):
+    """Settings of `RLOOTrainer`. The `help` of each field is what the command line shows."""
+
+    num_generations: int = setting(2, "episodes of each task in an iteration: a group")
+    beta: float = setting(0.05, "weight of the KL to the reference in the reward; 0: there is no reference")
+    normalize_advantages: bool = setting(
+        False, "scale advantages to unit variance over the iteration's episodes"
+    )

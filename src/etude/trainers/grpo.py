@@ -1,0 +1,60 @@
+"""`GRPOTrainer`: group relative policy optimisation, with the variants that its settings name.
+
+    GRPOTrainer(model, GRPOConfig(output_dir="runs/grpo"), environment=env, train_dataset=tasks).train()
+
+Shao et al. 2024, "DeepSeekMath: pushing the limits of mathematical reasoning in open language models",
+section 4.1. An episode's advantage is its score against its group's, on all of its tokens; PPO's clipped
+loss; the KL to the reference, where `beta` asks for one, by k3 in the loss.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from etude.math.group import group_advantages
+from etude.math.kl import kl_estimate
+from etude.math.losses import aggregate, cispo_loss, clipped_policy_loss, sequence_policy_loss
+from etude.trainers.group import GroupTrainer
+from etude.trainers.group_config import GRPOConfig
+from etude.trainers.learner import Minibatch
+
+
+class GRPOTrainer(GroupTrainer):
+    """GRPO. The arguments are those of `GroupTrainer`."""
+
+    method = "grpo"
+    config_class = GRPOConfig
+    kl_kind = "k3"
+    config: GRPOConfig
+
+    def credit(self, scores_B: Tensor, groups_B: Tensor, kept_B: Tensor) -> Tensor:
+        """Scores less their group's mean, over its deviation or whatever `scale_rewards` says."""
+        return group_advantages(scores_B, groups_B, kept_B, scale=self.config.reward_scale)
+
+    def loss(self, minibatch: Minibatch, advantages_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy loss + `beta` × KL (Shao et al. 2024, eq. 3 and 4), averaged as `loss_type` says."""
+        config, observed = self.config, minibatch.observed
+        policies = (minibatch.logprobs, observed.logprobs, advantages_BN)
+        high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+        if config.loss_type == "cispo":
+            parts = cispo_loss(*policies, clip_low=config.epsilon, clip_high=high)
+        elif config.importance_sampling_level == "sequence":
+            parts = sequence_policy_loss(*policies, observed.mask, clip_low=config.epsilon, clip_high=high)
+        else:
+            parts = clipped_policy_loss(*policies, clip_low=config.epsilon, clip_high=high)
+        loss_BN, ratio_BN, clipped_BN = parts
+        if config.beta:
+            loss_BN = loss_BN + config.beta * kl_estimate(minibatch.logprobs, observed.ref_logprobs, "k3")
+        return self._averaged(loss_BN, minibatch), ratio_BN, clipped_BN
+
+    def _averaged(self, loss_BN: Tensor, minibatch: Minibatch) -> Tensor:
+        mask_BN, episodes = minibatch.observed.mask, minibatch.sequences
+        match self.config.loss_type:
+            case "grpo":  # Shao et al. 2024, eq. 3: episodes weigh the same
+                return aggregate(loss_BN, mask_BN, mode="sequence", denominator=episodes)
+            case "dr_grpo":  # Liu et al. 2025: no length has a say
+                longest = self.config.max_completion_length
+                assert longest is not None
+                return aggregate(loss_BN, mask_BN, mode="constant", denominator=episodes * longest)
+            case _:  # Yu et al. 2025 (DAPO), eq. 12: tokens weigh the same
+                return aggregate(loss_BN, mask_BN, mode="token", denominator=minibatch.denominator)

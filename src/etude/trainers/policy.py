@@ -1,0 +1,272 @@
+"""`PolicyTrainer`: what every online algorithm stands on, and nothing of any one of them.
+
+Policy, reference, optimizer, schedule, the learner over them, and the model's ways out: generation, the
+directory it is saved in, the hub. An algorithm is a subclass with its `learn`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from etude.environments.text import TextEnvironment
+from etude.errors import ConfigError, DataError, ModelError
+from etude.math.kl import KLKind
+from etude.models.forward import PolicyForward
+from etude.models.loading import trunk_of, unwrapped
+from etude.models.reference import create_reference_model, reference_by_disabled_adapters
+from etude.runtime.model_card import write_model_card
+from etude.sampling.draw import mix
+from etude.sampling.generate import continue_all
+from etude.sampling.local import LocalSampler
+from etude.sampling.params import sampling_params
+from etude.trainers.learner import Learner
+from etude.trainers.online import OnlineTrainer
+from etude.trainers.online_config import OnlineConfig
+from etude.trainers.setup import (
+    Policy,
+    changed_settings,
+    enable_gradient_checkpointing,
+    flat_settings,
+    make_accelerator,
+)
+
+_GENERATE, _ORDER = 4, 5  # names of random streams
+
+
+class PolicyTrainer(OnlineTrainer):
+    """A policy that is trained, beside the reference it may be held close to.
+
+    Args:
+        config: the settings.
+        model: what is trained.
+        tokenizer: of the model; the environment's by default.
+        ref_model: what the KL is measured to. By default a frozen copy of `model`; for a model with
+            adapters, the same model with them switched off.
+        num_shared_layers: layers that the default reference shares with the model, frozen in both.
+        optimizer: Adam over what requires a gradient, by default.
+        lr_scheduler: stepped once per iteration; by default made from the config.
+        environment, train_dataset, eval_dataset, test_dataset: what `train()` plays, see `OnlineTrainer`.
+        epochs: times a batch is gone through.
+        kl_kind: how the KL per token is estimated.
+        uses_reference: False where no KL is measured: there is no reference then.
+    """
+
+    method: ClassVar[str]  # in one word, for the model card
+
+    def __init__(
+        self,
+        config: OnlineConfig,
+        model: Policy,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        ref_model: nn.Module | None = None,
+        num_shared_layers: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: Any = None,
+        environment: TextEnvironment | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        test_dataset: Any = None,
+        epochs: int,
+        kl_kind: KLKind | str,
+        uses_reference: bool = True,
+    ) -> None:
+        if tokenizer is None and environment is not None:
+            tokenizer = environment.tokenizer
+        if tokenizer is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs the model's tokenizer; pass tokenizer= or environment="
+            )
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.environment = environment
+        self.train_dataset, self.eval_dataset, self.test_dataset = train_dataset, eval_dataset, test_dataset
+        self.accelerator = make_accelerator(config)
+        self.current_device = self.accelerator.device
+        self.current_step = 0
+        self._generated = 0
+        config.world_size = self.accelerator.num_processes
+
+        self.is_peft_model = any(isinstance(module, PeftModel) for module in unwrapped(model))
+        self.ref_model = self._reference(ref_model, num_shared_layers) if uses_reference else None
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise ModelError("no parameter of the model requires a gradient; load it with is_trainable=True")
+        optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate)
+        self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
+        policy, self.optimizer = self.accelerator.prepare(PolicyForward(model), optimizer)
+        reference = None
+        if self.ref_model is not None:
+            reference = self.accelerator.prepare_model(PolicyForward(self.ref_model), evaluation_mode=True)
+        self.learner = Learner(
+            self.accelerator,
+            policy,
+            reference,
+            self.optimizer,
+            mini_batch_size=config.mini_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            epochs=epochs,
+            max_grad_norm=config.max_grad_norm,
+            temperature=config.temperature,
+            kl_kind=kl_kind,
+            uses_reference=uses_reference,
+        )
+        if config.report_to:
+            self.accelerator.init_trackers(
+                config.tracker_project_name,
+                flat_settings(config.to_dict()),
+                init_kwargs=config.tracker_kwargs,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+    def _shuffles(self) -> torch.Generator:
+        """What orders this iteration's episodes into mini-batches."""
+        seed = mix(self.config.seed, _ORDER, self.current_step, self.accelerator.process_index)
+        return torch.Generator().manual_seed(seed)
+
+    def _reference(self, ref_model: nn.Module | None, num_shared_layers: int | None) -> nn.Module | None:
+        if ref_model is not None:
+            if num_shared_layers is not None:
+                raise ConfigError("num_shared_layers only works without ref_model; leave one of them out")
+            return ref_model.requires_grad_(False).eval()
+        if self.is_peft_model:
+            return None
+        return create_reference_model(self.model, num_shared_layers)
+
+    def _default_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        return get_scheduler(
+            self.config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=self.config.warmup_steps,
+            num_training_steps=self.total_iterations,
+        )
+
+    # Generation.
+
+    def generate(
+        self,
+        query_tensor: Tensor | list[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int = 4,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Continue queries with the current policy.
+
+        Args:
+            query_tensor: token ids [q], or a list of such.
+            length_sampler: gives `max_new_tokens`, anew for each query.
+            batch_size: taken for compatibility; the sampler batches by itself.
+            return_prompt: put the query before each response.
+            generate_ref_response: also continue with the reference policy.
+            generation_kwargs: as for `transformers`' `generate`: greedy unless `do_sample=True`. A
+                `forced_prefix` begins each response; for `step`, mask its tokens with 0 in
+                `response_masks`.
+
+        Returns:
+            A list of token ids [n] for a list of queries, [1, n] for a single one; a pair of these with
+            `generate_ref_response`.
+        """
+        queries = query_tensor if isinstance(query_tensor, list) else [query_tensor]
+        for query in queries:
+            if query.dim() != 1:
+                raise DataError(f"a query has shape {tuple(query.shape)}; expected token ids [q]")
+        settings = []
+        for _ in queries:
+            limit = {} if length_sampler is None else {"max_new_tokens": int(length_sampler())}
+            settings.append(sampling_params({**generation_kwargs, **limit}, self.tokenizer, do_sample=False))
+
+        first = self._generated
+        self._generated += len(queries)
+        seeds = [mix(self.config.seed, _GENERATE, first + i) for i in range(len(queries))]
+
+        def continued(sampler: LocalSampler) -> Any:
+            turns = continue_all(sampler, [query.tolist() for query in queries], settings, seeds)
+            responses = [q.new_tensor(turn.token_ids) for q, turn in zip(queries, turns, strict=True)]
+            if return_prompt:
+                responses = [torch.cat([q, r]) for q, r in zip(queries, responses, strict=True)]
+            return responses if isinstance(query_tensor, list) else responses[0][None]
+
+        result = continued(self.sampler)
+        if not generate_ref_response:
+            return result
+        with self._reference_sampler() as sampler:
+            return result, continued(sampler)
+
+    @contextmanager
+    def _reference_sampler(self) -> Iterator[LocalSampler]:
+        if self.ref_model is not None:
+            yield self._sampler_of_reference
+        else:
+            with reference_by_disabled_adapters(self.model):
+                yield self._sampler_over(self.model)
+
+    @cached_property
+    def _sampler_of_reference(self) -> LocalSampler:
+        assert self.ref_model is not None
+        return self._sampler_over(self.ref_model)
+
+    def _sampler_over(self, model: nn.Module) -> LocalSampler:
+        config = self.config
+        return LocalSampler(
+            model,
+            self.tokenizer,
+            slots=config.slots,
+            cache_bytes=config.cache_bytes,
+            deterministic=config.deterministic,
+        )
+
+    # The model's ways out.
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write model, tokenizer and a model card to `output_dir` (the config's by default)."""
+        directory = output_dir if output_dir is not None else self.config.output_dir
+        if directory is None:
+            raise ConfigError("nowhere to save the model; pass a directory or set output_dir")
+        if self.accelerator.is_main_process:
+            self._write_model(directory, Path(directory).resolve().name)
+
+    def push_to_hub(self) -> None:
+        """Upload model, tokenizer and model card to `hub_model_id` (by default named as `output_dir`)."""
+        if self.accelerator.is_main_process:
+            self._upload(HfApi())
+
+    def _upload(self, api: HfApi) -> None:
+        name = self.config.hub_model_id or Path(self.config.output_dir or "model").resolve().name
+        repo = api.create_repo(name, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_model(folder, name.rpartition("/")[2])
+            message = f"Trained with {self.method.upper()}"
+            api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message)
+
+    def _write_model(self, directory: str | Path, name: str) -> None:
+        self.model.save_pretrained(str(directory))  # peft takes no Path
+        self.tokenizer.save_pretrained(directory)
+        write_model_card(
+            directory,
+            model_name=name,
+            base_model=trunk_of(self.model).config.name_or_path or None,
+            trainer=type(self).__name__,
+            method=self.method,
+            config_summary=changed_settings(self.config),
+        )

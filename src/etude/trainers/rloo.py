@@ -1,0 +1,57 @@
+"""`RLOOTrainer`: REINFORCE with a leave-one-out baseline.
+
+    RLOOTrainer(model, RLOOConfig(output_dir="runs/rloo"), environment=env, train_dataset=tasks).train()
+
+Ahmadian et al. 2024, "Back to basics: revisiting REINFORCE-style optimization for learning from human
+feedback in LLMs". An episode is one action: its reward is the score less `beta` × KL (k1, summed over its
+tokens), its advantage the reward less the mean of the group's others, its probability the product of its
+tokens'. The ratio is clipped as in TRL; in the first step on a batch it is 1, and the gradient that of
+REINFORCE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from etude.math.group import leave_one_out_advantages
+from etude.math.losses import aggregate, sequence_policy_loss
+from etude.math.masked import masked_var
+from etude.trainers.group import GroupTrainer
+from etude.trainers.group_config import RLOOConfig
+from etude.trainers.learner import Experience, Minibatch
+
+
+class RLOOTrainer(GroupTrainer):
+    """RLOO. The arguments are those of `GroupTrainer`."""
+
+    method = "rloo"
+    config_class = RLOOConfig
+    kl_kind = "k1"
+    config: RLOOConfig
+
+    def penalised(self, scores_B: Tensor, experience: Experience) -> Tensor:
+        """R(x, y) = score − β log(π(y|x) / π_ref(y|x)) (Ahmadian et al. 2024, eq. 3)."""
+        return scores_B - self.config.beta * (experience.kl * experience.mask).sum(1)
+
+    def credit(self, scores_B: Tensor, groups_B: Tensor, kept_B: Tensor) -> Tensor:
+        advantages_B = leave_one_out_advantages(scores_B, groups_B, kept_B)
+        if self.config.normalize_advantages and advantages_B.any():
+            # Their mean is 0 already, and what is exactly 0 has to stay so.
+            advantages_B = advantages_B * torch.rsqrt(masked_var(advantages_B, kept_B) + 1e-8)
+        return advantages_B
+
+    def loss(self, minibatch: Minibatch, advantages_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean over episodes of the clipped loss, with one ratio each."""
+        observed = minibatch.observed
+        loss_BN, ratio_BN, clipped_BN = sequence_policy_loss(
+            minibatch.logprobs,
+            observed.logprobs,
+            advantages_BN,
+            observed.mask,
+            clip_low=self.config.epsilon,
+            clip_high=self.config.epsilon_high,
+            normalise=False,
+        )
+        loss = aggregate(loss_BN, observed.mask, mode="sequence", denominator=minibatch.sequences)
+        return loss, ratio_BN, clipped_BN
