@@ -26,7 +26,7 @@ def test_every_setting_of_ppo_is_an_option_but_the_hidden_ones() -> None:
     fields = {field.name: field for field in dataclasses.fields(PPOConfig)}
     options = {name for name, option in read_options("ppo").items() if option.title == "Training"}
     hidden = {name for name, field in fields.items() if field.metadata.get("hidden")}
-    assert set(fields) - options == hidden | {"keep_cache"}, "the command holds no session over an update"
+    assert set(fields) - options == hidden
     assert "world_size" not in options
 
 

@@ -82,8 +82,8 @@ COMMANDS = {
 }
 
 # Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is
-# for scripts of transformers' own, or for sessions that a script holds open.
-_UNUSED = {"keep_cache", "model_init_kwargs", "do_train", "do_eval", "do_predict", "local_rank"}
+# for scripts of transformers' own.
+_UNUSED = {"model_init_kwargs", "do_train", "do_eval", "do_predict", "local_rank"}
 
 
 @dataclass(frozen=True)

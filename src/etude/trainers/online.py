@@ -122,7 +122,7 @@ class OnlineTrainer(ABC):
         )
         display.message(self.sampler.describe())
         if self.accelerator.is_main_process:
-            run.update_summary({"sampler": self.sampler.limits.describe()})
+            run.update_summary({"sampler": self.sampler.describe().removeprefix("sampler: ")})
         if self.current_step == 0:
             self._measure("before", self.test_rows, run)
         try:
