@@ -139,6 +139,7 @@ class PPOTrainer(OnlineTrainer):
             max_grad_norm=config.max_grad_norm,
             temperature=config.temperature,
             kl_kind={"kl": "k1", "mse": "k2"}.get(config.kl_penalty, config.kl_penalty),
+            max_tokens_per_pass=config.max_tokens_per_pass,
         )
 
         self.kl_ctl: KLController = (

@@ -69,8 +69,11 @@ class PPOConfig:
         "constant", "course of the learning rate in train()"
     )
     warmup_steps: int = _setting(0, "iterations of linear warm-up in train()")
-    mini_batch_size: int = _setting(1, "episodes per forward and backward pass")
-    gradient_accumulation_steps: int = _setting(1, "passes per optimizer step")
+    mini_batch_size: int = _setting(1, "episodes per mini-batch, one forward and backward pass")
+    gradient_accumulation_steps: int = _setting(1, "mini-batches per optimizer step")
+    max_tokens_per_pass: int | None = _setting(
+        None, "cut up mini-batches of more tokens: less memory, the same gradient; none: don't"
+    )
     ppo_epochs: int = _setting(4, "times each batch is gone through")
     max_grad_norm: float | None = _setting(None, "clip gradients to this norm; none: don't")
     gradient_checkpointing: bool = _setting(
@@ -138,6 +141,10 @@ class PPOConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.max_tokens_per_pass is not None and self.max_tokens_per_pass < 1:
+            raise ConfigError(
+                f"max_tokens_per_pass is {self.max_tokens_per_pass}; expected at least 1, or none for no limit"
+            )
         if self.batch_size % self.backward_batch_size:
             nearest = math.ceil(self.batch_size / self.backward_batch_size) * self.backward_batch_size
             raise ConfigError(
