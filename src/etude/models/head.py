@@ -90,7 +90,7 @@ class ChunkedHead:
 
     @contextmanager
     def postponed(self) -> Iterator[list[Tensor]]:
-        """Inside, the model's forward gives logits of no position; what was to enter the layer is collected."""
+        """Inside, the model's forward gives logits of no position; what should enter the layer is kept."""
         states: list[Tensor] = []
 
         def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -159,7 +159,9 @@ class ChunkedHead:
             self.model.train(training)
         if len(outputs) != 1 or outputs[0].shape != logits.shape or len(states) != 1:
             return False
-        return states[0].shape[:-1] == logits.shape[:-1] and same_logits(self.finish(outputs[0][0]), logits[0])
+        if states[0].shape[:-1] != logits.shape[:-1]:
+            return False
+        return same_logits(self.finish(outputs[0][0]), logits[0])
 
     @contextmanager
     def _known_output(self) -> Iterator[list[Tensor]]:
@@ -202,7 +204,7 @@ class _LinearHead(torch.autograd.Function):
     """A plain linear layer, its finish and the scores of tokens, in chunks.
 
     Backward turns each chunk's logits, computed again, in place into their own gradient, and adds up the
-    weight's gradient in one buffer: autograd would make a [V, D] for each chunk.
+    weight's gradient in one buffer of the weight's precision: autograd would make a [V, D] for each chunk.
     """
 
     @staticmethod
@@ -218,7 +220,9 @@ class _LinearHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = _computing_dtype(weight_VD)
         precise = torch.promote_types(dtype, torch.float32)
-        totals_M, logprobs_M, entropies_M = states_MD.new_empty(3, len(states_MD), dtype=precise)
+        totals_M, logprobs_M, entropies_M = (
+            states_MD.new_empty(len(states_MD), dtype=precise) for _ in range(3)
+        )
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
@@ -233,7 +237,6 @@ class _LinearHead(torch.autograd.Function):
                 entropies_M[here] = -logits_CV.exp().mul_(logits_CV).sum(-1)
         ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M)
         ctx.settings = finish, temperature, rows, dtype
-        logprobs_M, entropies_M = logprobs_M.clone(), entropies_M.clone()
         ctx.mark_non_differentiable(entropies_M)
         return logprobs_M, entropies_M
 

@@ -143,7 +143,7 @@ class PPOConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.max_tokens_per_pass is not None and self.max_tokens_per_pass < 1:
             raise ConfigError(
-                f"max_tokens_per_pass is {self.max_tokens_per_pass}; expected at least 1, or none for no limit"
+                f"max_tokens_per_pass is {self.max_tokens_per_pass}; expected at least 1, or none"
             )
         if self.batch_size % self.backward_batch_size:
             nearest = math.ceil(self.batch_size / self.backward_batch_size) * self.backward_batch_size
