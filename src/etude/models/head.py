@@ -226,15 +226,9 @@ class _LinearHead(torch.autograd.Function):
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
-                raw_CV = linear(states_MD[here].to(dtype), weight, bias)
-                logits_CV = scaled_logits(finish(raw_CV), temperature)
-                del raw_CV
-                totals_M[here] = logits_CV.logsumexp(-1)
-                chosen = logits_CV.gather(-1, targets_M[here, None])[:, 0]
-                logprobs_M[here] = chosen - totals_M[here]
-                # 0 · −inf would be NaN.
-                logits_CV.sub_(totals_M[here, None]).clamp_(min=torch.finfo(precise).min)
-                entropies_M[here] = -logits_CV.exp().mul_(logits_CV).sum(-1)
+                logits_CV = finish(linear(states_MD[here].to(dtype), weight, bias))
+                scores = _scores(scaled_logits(logits_CV, temperature), targets_M[here, None])
+                logprobs_M[here], entropies_M[here], totals_M[here] = scores
         ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M)
         ctx.settings = finish, temperature, rows, dtype
         ctx.mark_non_differentiable(entropies_M)
@@ -271,6 +265,19 @@ class _LinearHead(torch.autograd.Function):
                 if d_bias is not None:
                     d_bias += d_raw.sum(0)
         return d_states, d_weight, d_bias, None, None, None, None
+
+
+def _scores(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the targets, entropies, logsumexps; [C] each. Overwrites the logits."""
+    highest_C = logits_CV.amax(-1)
+    logits_CV.sub_(highest_C[:, None])
+    chosen_C = logits_CV.gather(-1, targets_C1)[:, 0]
+    weights_CV = logits_CV.exp()
+    totals_C = weights_CV.sum(-1)
+    logits_CV.clamp_(min=torch.finfo(logits_CV.dtype).min)  # 0 · −inf would be NaN
+    mean_C = weights_CV.mul_(logits_CV).sum(-1) / totals_C
+    totals_C.log_()
+    return chosen_C - totals_C, totals_C - mean_C, highest_C + totals_C
 
 
 def _logits_gradient(
