@@ -177,14 +177,27 @@ class Softened(t.LlamaForCausalLM):
         return output
 
 
-def test_logits_that_nothing_explains_are_computed_whole():
+@pytest.mark.parametrize("spread", [0.2, 1e-3], ids=["wide", "too narrow to show"])
+def test_logits_that_nothing_explains_are_computed_whole(spread):
     torch.manual_seed(0)
-    model = Softened(t.LlamaConfig(**SMALL)).double().eval()
+    model = Softened(t.LlamaConfig(**{**SMALL, "initializer_range": spread})).double().eval()
+    model.lm_head.weight.data *= spread
     forward, batch = PolicyForward(model, CHUNK), packed_batch((12,))
     assert forward.head is None
     output = forward(batch.input_ids, batch.lengths, batch.states, batch.targets, batch.last_states)
     distribution = model(input_ids=batch.input_ids[None]).logits[0].log_softmax(-1)
     torch.testing.assert_close(output.logprobs, distribution[batch.states, batch.targets])
+
+
+def test_a_postponed_layer_leaves_nothing_for_the_backward_pass():
+    model = llama()
+    head = ChunkedHead.of(model)
+    with head.postponed() as states:
+        logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+    assert logits.shape == (1, 0, VOCABULARY)
+    assert not logits.requires_grad
+    assert states[0].requires_grad
+    torch.testing.assert_close(head.layer(states[0]), model(input_ids=torch.tensor([[1, 2, 3]])).logits)
 
 
 def test_a_setting_that_the_model_ignores_is_ignored():
