@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install browser demo test check lint types format peers bench-rollout clean
+.PHONY: install browser demo test check lint types format peers bench-rollout bench-train clean
 
 install: $(STAMP)
 
@@ -51,6 +51,10 @@ peers: install
 # Some rows: BENCH_ARGS="--rows sample_vllm hide_tools". Whether they work at all: BENCH_ARGS=--quick.
 bench-rollout: install
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# The update: what memory it takes. A minute or two.
+bench-train: install
+	$(BIN)/python -m benchmarks.train $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) runs benchmarks/results benchmarks/peers/*/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

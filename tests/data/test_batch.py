@@ -1,9 +1,11 @@
 """Episodes as trajectories, and trajectories end to end."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 
-from etude.data.batch import PackedBatch, Trajectory
+from etude.data.batch import PackedBatch, Trajectory, within_tokens
 from etude.errors import DataError
 from etude.types import Episode, NamedReward, Segment, StopReason
 
@@ -63,3 +65,19 @@ def test_a_batch_without_a_sampled_token():
     batch = PackedBatch.of([Trajectory(torch.tensor([1, 2]), torch.tensor([], dtype=torch.long), 0.0)])
     assert batch.mask.shape == (1, 0)
     assert batch.unpack(torch.zeros(0)).shape == (1, 0)
+
+
+@given(lengths=st.lists(st.integers(1, 40), max_size=12), limit=st.none() | st.integers(1, 60))
+def test_groups_within_a_budget_of_tokens(lengths, limit):
+    trajectories = [Trajectory(torch.zeros(n, dtype=torch.long), torch.tensor([]), 0.0) for n in lengths]
+    indices = list(reversed(range(len(lengths))))
+    groups = within_tokens(trajectories, indices, limit)
+    assert [i for group in groups for i in group] == indices
+    assert all(groups)
+    if limit is None:
+        assert len(groups) <= 1
+        return
+    tokens = [sum(lengths[i] for i in group) for group in groups]
+    assert all(n <= limit or len(group) == 1 for n, group in zip(tokens, groups, strict=True))
+    following = [lengths[group[0]] for group in groups[1:]]
+    assert all(n + more > limit for n, more in zip(tokens, following, strict=False)), "no group ends early"

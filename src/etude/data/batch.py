@@ -8,6 +8,7 @@ is then [B, N]: row b holds trajectory b's sampled tokens in order, the rest is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,3 +125,22 @@ class PackedBatch:
     def unpack(self, values_M: Tensor) -> Tensor:
         """Per-token values [M] as rows [B, N], 0 where there is no token."""
         return values_M.new_zeros(self.mask.shape).masked_scatter(self.mask, values_M)
+
+
+def within_tokens(
+    trajectories: Sequence[Trajectory], indices: Sequence[int], limit: int | None
+) -> list[list[int]]:
+    """`indices`, in order, in groups whose trajectories have at most `limit` tokens in all.
+
+    A longer trajectory is a group of its own. Without a limit there is one group.
+    """
+    groups: list[list[int]] = []
+    room = 0.0
+    for i in indices:
+        length = len(trajectories[i].token_ids)
+        if not groups or length > room:
+            groups.append([])
+            room = math.inf if limit is None else limit
+        groups[-1].append(i)
+        room -= length
+    return groups

@@ -1,8 +1,7 @@
 """Log-probabilities and entropy of a categorical distribution given by logits.
 
 Covered: log π(token | context) and H(π) at a temperature. Not covered: top-k, top-p and other changes of
-the distribution (the sampler records those), and chunking over rows to save memory (the model's head does
-that and calls these functions per chunk).
+the distribution (the sampler records those), and chunking over rows to save memory (`models.head` does).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 It is what `accelerator.prepare` wraps. Nobody calls trunk or head around it: gradient synchronisation,
 parameter gathering and autocast would be lost. Sequences come packed end to end; models that can't be
-packed are padded in here, so that callers never notice.
+packed are padded in here, so that callers never notice. Logits are computed at the asked positions only,
+and chunk by chunk (`head`), unless they are asked for themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from etude.math.logprobs import entropy, token_logprobs
+from etude.models.head import CHUNK_BYTES, ChunkedHead, token_scores
 from etude.models.loading import trunk_of
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs
@@ -39,13 +40,20 @@ class PolicyOutput(NamedTuple):
 
 
 class PolicyForward(nn.Module):
-    """`model` (with or without a value head) as the trainers call it."""
+    """`model` (with or without a value head) as the trainers call it.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the policy.
+        chunk_bytes: what logits may take at a time, in float32. Those of more states are computed in chunks,
+            and again in the backward pass; a model that `models.head` can't serve computes all at once.
+    """
+
+    def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> None:
         super().__init__()
         self.model = model
         trunk = trunk_of(model)
         self.packs = supports_packing(trunk)
+        self.head = ChunkedHead.of(trunk, chunk_bytes)
         self._keeps_logits = "logits_to_keep" in inspect.signature(trunk.forward).parameters
         self._has_values = hasattr(model, "v_head")
 
@@ -60,44 +68,47 @@ class PolicyForward(nn.Module):
         keep_logits: bool = False,
     ) -> PolicyOutput:
         """See `data.batch.PackedBatch` for the arguments."""
-        wanted = torch.cat([states, last_states])
+        head = None if keep_logits else self.head
         run = self._packed if self.packs else self._padded
-        logits, values = run(input_ids, lengths, wanted)
-        logits, count = logits[: len(states)], len(states)
-        with torch.no_grad():
-            entropies = entropy(logits.detach(), temperature)
+        outputs, values = run(head, input_ids, lengths, torch.cat([states, last_states]))
+        outputs, count = outputs[: len(states)], len(states)
+        score = token_scores if head is None else head
+        logprobs, entropies = score(outputs, targets, temperature)
         return PolicyOutput(
-            logprobs=token_logprobs(logits, targets, temperature),
+            logprobs=logprobs,
             entropies=entropies,
             values=None if values is None else values[:count],
             last_values=None if values is None else values[count:],
-            logits=logits if keep_logits else None,
+            logits=outputs if keep_logits else None,
         )
 
     def _packed(
-        self, input_ids: Tensor, lengths: Sequence[int], wanted: Tensor
+        self, head: ChunkedHead | None, input_ids: Tensor, lengths: Sequence[int], wanted: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         plan = PackedPlan(lengths, device=input_ids.device)
         inputs = packed_inputs(input_ids, plan)
         if self._keeps_logits:
-            logits, values = self._call(**inputs, logits_to_keep=wanted)
-            return logits[0], None if values is None else values[0]
-        logits, values = self._call(**inputs)
-        return logits[0, wanted], None if values is None else values[0, wanted]
+            outputs, values = self._call(head, **inputs, logits_to_keep=wanted)
+            return outputs[0], None if values is None else values[0]
+        outputs, values = self._call(head, **inputs)
+        return outputs[0, wanted], None if values is None else values[0, wanted]
 
     def _padded(
-        self, input_ids: Tensor, lengths: Sequence[int], wanted: Tensor
+        self, head: ChunkedHead | None, input_ids: Tensor, lengths: Sequence[int], wanted: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         rows = input_ids.split(list(lengths))
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         sizes = torch.tensor(lengths, device=input_ids.device)
         columns = torch.arange(padded.shape[1], device=input_ids.device)
         mask = columns[None] < sizes[:, None]
-        logits, values = self._call(input_ids=padded, attention_mask=mask.long(), use_cache=False)
-        return logits[mask][wanted], None if values is None else values[mask][wanted]
+        outputs, values = self._call(head, input_ids=padded, attention_mask=mask.long(), use_cache=False)
+        return outputs[mask][wanted], None if values is None else values[mask][wanted]
 
-    def _call(self, **inputs: object) -> tuple[Tensor, Tensor | None]:
-        if self._has_values:
-            logits, _, values = self.model(**inputs)
-            return logits, values
-        return self.model(**inputs).logits, None
+    def _call(self, head: ChunkedHead | None, **inputs: object) -> tuple[Tensor, Tensor | None]:
+        """Logits or, with `head`, the states that are left for it to turn into them; and values."""
+        if head is None:
+            output = self.model(**inputs)
+            return (output[0], output[2]) if self._has_values else (output.logits, None)
+        with head.postponed() as states:
+            output = self.model(**inputs)
+        return states[0], output[2] if self._has_values else None

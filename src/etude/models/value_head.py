@@ -345,7 +345,8 @@ def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     def collect(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append(args[0] if args else next(iter(kwargs.values())))
 
-    handle = module.register_forward_pre_hook(collect, with_kwargs=True)
+    # First of all hooks: another may keep the module from computing most of it.
+    handle = module.register_forward_pre_hook(collect, with_kwargs=True, prepend=True)
     try:
         yield inputs
     finally:

@@ -3,7 +3,7 @@
 `observe` computes what stays fixed while the batch is used: log-probabilities and values under the weights
 that sampled it, and the reference policy's. `update` runs epochs of mini-batches over it with whatever
 loss an algorithm gives. Denominators are global, over accumulation steps and processes, so that 1 × 8
-equals 8 × 1.
+equals 8 × 1, and so that a mini-batch may be cut up to save memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from etude.data.batch import PackedBatch, Trajectory
+from etude.data.batch import PackedBatch, Trajectory, within_tokens
 from etude.math.kl import KLKind, kl_estimate, kl_full
 from etude.models.forward import PolicyForward, PolicyOutput
 from etude.models.reference import reference_by_disabled_adapters
@@ -62,6 +62,8 @@ class Experience:
 class Minibatch:
     """One forward and backward pass: what was observed, and the policy's output now.
 
+    Of a whole mini-batch, or of a part of it where `max_tokens_per_pass` cuts it up.
+
     Attributes:
         indices: rows of the experience.
         observed: those rows, padded to the longest of them.
@@ -85,20 +87,20 @@ LossFunction = Callable[[Minibatch], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass
 class UpdateLog:
-    """What an update reports: for each mini-batch its numbers and its share of all tokens."""
+    """What an update reports: for each pass its numbers and its share of all tokens."""
 
     numbers: list[dict[str, Tensor]] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     gradient_norms: list[Tensor] = field(default_factory=list)
 
     def mean(self, name: str) -> Tensor:
-        """Mean over mini-batches, weighted by tokens; a scalar."""
+        """Mean over passes, weighted by tokens; a scalar."""
         values = torch.stack([numbers[name].detach().float() for numbers in self.numbers])
         weights = torch.tensor(self.weights, device=values.device)
         return (values * weights).sum() / weights.sum()
 
     def concatenated(self, name: str) -> Tensor:
-        """Per-token numbers of all mini-batches, end to end."""
+        """Per-token numbers of all passes, end to end."""
         return torch.cat([numbers[name].detach().flatten() for numbers in self.numbers])
 
 
@@ -110,13 +112,15 @@ class Learner:
         policy: prepared by the accelerator.
         reference: a frozen policy; None for the policy's own base model, adapters switched off.
         optimizer: prepared by the accelerator.
-        mini_batch_size: trajectories per forward pass.
-        accumulation: forward and backward passes per optimizer step.
+        mini_batch_size: trajectories per mini-batch, one forward and backward pass.
+        accumulation: mini-batches per optimizer step.
         epochs: times a batch is gone through.
         max_grad_norm: clip gradients to this norm; None: don't.
         temperature: that the trajectories were sampled at.
         kl_kind: how the KL per token is estimated.
         uses_reference: False where nothing is held close to a reference: it isn't computed, and the KL is 0.
+        max_tokens_per_pass: cut up mini-batches of more tokens, a longer trajectory by itself; None: don't.
+            Processes may then differ in their number of passes: not for parameters sharded over them.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Learner:
         temperature: float,
         kl_kind: KLKind | str,
         uses_reference: bool = True,
+        max_tokens_per_pass: int | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
@@ -145,15 +150,14 @@ class Learner:
         self.temperature = temperature
         self.kl_kind = kl_kind
         self.uses_reference = uses_reference
+        self.max_tokens_per_pass = max_tokens_per_pass
 
     @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
         """Score trajectories under the present weights and the reference."""
         evaluation_mode(self.policy)
-        parts = [
-            self._observe(trajectories[start : start + self.mini_batch_size])
-            for start in range(0, len(trajectories), self.mini_batch_size)
-        ]
+        passes = self._passes(trajectories, range(len(trajectories)))
+        parts = [self._observe([trajectories[i] for i in indices]) for indices in passes]
         longest = max(part.mask.shape[1] for part in parts)
         per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl", "entropies")
         merged = {
@@ -230,10 +234,10 @@ class Learner:
         denominator, sequences = self.global_count(mask.sum()), self.global_count(mask.any(1).sum())
         if denominator == 0:
             return  # nothing was sampled in any of these, on any process
-        pieces = list(_pieces(indices, self.mini_batch_size))
-        for i, piece in enumerate(pieces):
-            minibatch = self._minibatch(experience, piece, denominator, sequences, i == len(pieces) - 1)
-            with self._synchronised(i == len(pieces) - 1):
+        passes = self._passes(experience.trajectories, indices)
+        for i, rows in enumerate(passes):
+            minibatch = self._minibatch(experience, rows, denominator, sequences, i == len(passes) - 1)
+            with self._synchronised(i == len(passes) - 1):
                 value, numbers = loss(minibatch)
                 # Gradients are averaged over processes, and the denominator already counts all of them.
                 self.accelerator.backward(value * self.accelerator.num_processes)
@@ -247,6 +251,16 @@ class Learner:
                 log.gradient_norms.append(norm.detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _passes(self, trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[list[int]]:
+        """The trajectories at `indices`, in order, as the forward passes they take."""
+        size = self.mini_batch_size
+        minibatches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return [
+            rows
+            for minibatch in minibatches
+            for rows in within_tokens(trajectories, minibatch, self.max_tokens_per_pass)
+        ]
 
     def _minibatch(
         self,
@@ -314,10 +328,6 @@ def training_mode(policy: nn.Module) -> None:
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-
-
-def _pieces(indices: list[int], size: int) -> Iterator[list[int]]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
 def _widened(rows_BN: Tensor, width: int) -> Tensor:

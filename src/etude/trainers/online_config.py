@@ -68,7 +68,10 @@ class OnlineConfig(ABC):
         "constant", "course of the learning rate in train()"
     )
     warmup_steps: int = setting(0, "iterations of linear warm-up in train()")
-    gradient_accumulation_steps: int = setting(1, "passes per optimizer step")
+    gradient_accumulation_steps: int = setting(1, "mini-batches per optimizer step")
+    max_tokens_per_pass: int | None = setting(
+        None, "cut up mini-batches of more tokens: less memory, the same gradient; none: don't"
+    )
     max_grad_norm: float | None = setting(None, "clip gradients to this norm; none: don't")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
 
@@ -83,6 +86,8 @@ class OnlineConfig(ABC):
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "gradient_accumulation_steps", "slots")
+        if self.max_tokens_per_pass is not None:
+            require_at_least_one(self, "max_tokens_per_pass")
         for each in dataclasses.fields(self):
             choices = _choices(each)
             if choices and getattr(self, each.name) not in choices:

@@ -124,6 +124,7 @@ class PolicyTrainer(OnlineTrainer):
             temperature=config.temperature,
             kl_kind=kl_kind,
             uses_reference=uses_reference,
+            max_tokens_per_pass=config.max_tokens_per_pass,
         )
         if config.report_to:
             self.accelerator.init_trackers(

@@ -1,0 +1,100 @@
+"""The optimisation step cut up: mini-batches, accumulation and token budgets end in the same weights."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from etude.data.batch import Trajectory
+from etude.errors import ConfigError
+from etude.models.forward import PolicyForward
+from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.trainers.learner import Learner
+from etude.trainers.ppo_config import PPOConfig
+
+F64 = torch.float64
+LENGTHS = (5, 9, 30, 4, 12, 7, 8, 11)
+DEFAULTS = {
+    "mini_batch_size": 8,
+    "accumulation": 1,
+    "epochs": 2,
+    "max_grad_norm": 1.0,
+    "temperature": 0.9,
+    "kl_kind": "k1",
+}
+
+
+def played(vocabulary):
+    generator = torch.Generator().manual_seed(2)
+    trajectories = []
+    for n in LENGTHS:
+        ids = torch.randint(0, vocabulary, (n,), generator=generator)
+        sampled = (torch.rand(n, generator=generator) < 0.7).nonzero()[:, 0]
+        trajectories.append(Trajectory(ids, sampled[sampled > 1], 1.0, bootstrap=n % 2 == 0))
+    return trajectories
+
+
+def weighted_likelihood(minibatch):
+    """A loss in which no two tokens weigh the same."""
+    width = minibatch.observed.mask.shape[1]
+    weights = torch.tensor(minibatch.indices, dtype=F64)[:, None] + torch.arange(width) / 40
+    terms = (minibatch.values**2 - weights * minibatch.logprobs) * minibatch.observed.mask
+    loss = terms.sum() / minibatch.denominator
+    return loss, {"loss": loss}
+
+
+@pytest.fixture
+def outcome(tokenizer, make_llama):
+    """For some settings: what was observed, the weights after an update, and each pass's lengths."""
+
+    def run(**settings):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLMWithValueHead(make_llama(dtype=F64))
+        accelerator = Accelerator()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        policy, optimizer = accelerator.prepare(PolicyForward(model), optimizer)
+        reference = PolicyForward(make_llama(5, F64))
+        learner = Learner(accelerator, policy, reference, optimizer, **{**DEFAULTS, **settings})
+        passes = []
+        policy.register_forward_pre_hook(lambda _, args: passes.append(args[1]))
+        experience = learner.observe(played(len(tokenizer)))
+        learner.update(experience, weighted_likelihood, torch.Generator().manual_seed(3))
+        return experience, model.state_dict(), passes
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mini_batch_size": 1, "accumulation": 8},
+        {"max_tokens_per_pass": 1},
+        {"max_tokens_per_pass": 30},
+        {"max_tokens_per_pass": 10_000},
+        {"max_tokens_per_pass": 20, "mini_batch_size": 4, "accumulation": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kl_kind", ["k1", "full"])
+def test_cutting_a_step_up_changes_nothing(kl_kind, settings, outcome):
+    experience, weights, whole = outcome(kl_kind=kl_kind)
+    observed, cut_weights, passes = outcome(kl_kind=kl_kind, **settings)
+    for name in ("mask", "logprobs", "values", "ref_logprobs", "kl", "last_values", "entropies"):
+        torch.testing.assert_close(getattr(observed, name), getattr(experience, name), rtol=0, atol=1e-11)
+    assert observed.kl.abs().max() > 0.01
+    torch.testing.assert_close(cut_weights, weights, rtol=0, atol=1e-10)
+    limit = settings.get("max_tokens_per_pass")
+    if limit is not None:
+        assert all(sum(lengths) <= limit or len(lengths) == 1 for lengths in passes)
+        assert (len(passes) > len(whole)) == (limit < sum(LENGTHS))
+
+
+def test_the_update_moves_the_weights(outcome, make_llama):
+    weights = outcome()[1]
+    start = AutoModelForCausalLMWithValueHead(make_llama(dtype=F64)).state_dict()
+    name = "pretrained_model.lm_head.weight"
+    assert (weights[name] - start[name]).abs().max() > 1e-3
+
+
+def test_a_budget_of_nothing():
+    with pytest.raises(ConfigError, match="max_tokens_per_pass is 0; expected at least 1"):
+        PPOConfig(max_tokens_per_pass=0)
