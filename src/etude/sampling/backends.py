@@ -21,13 +21,15 @@ from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs
 from etude.models.slot_cache import SlotCache
 from etude.sampling.feeds import Backend, Feed
-from etude.sampling.memory import CacheCost
+from etude.sampling.memory import CacheCost, CacheLimits
 from etude.sampling.solo import solo_backend
 from etude.sampling.static import CudaCapture, StaticBackend, capturable
 
 
 class PackedBackend:
     """One flat step for all rows, prompts and single tokens alike, over a preallocated cache."""
+
+    closes_up = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -52,6 +54,9 @@ class PackedBackend:
     def copy(self, source: int, target: int, length: int) -> bool:
         self.cache.copy(source, target, length)
         return True
+
+    def limits(self, limits: CacheLimits) -> CacheLimits:
+        return limits
 
     def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
         self.cache.resize(slots, length, kept)

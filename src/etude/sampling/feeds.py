@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from etude.sampling.memory import CacheCost
+from etude.sampling.memory import CacheCost, CacheLimits
 
 
 @dataclass(slots=True)
@@ -30,12 +30,18 @@ class Feed:
 
 
 class Backend(Protocol):
+    closes_up: bool  # a step reads fewer keys where the slots in use lie close together
+
     def logits(self, feeds: Sequence[Feed]) -> Tensor:
         """Put each feed's tokens into its slot; the logits after its last token, [feeds, vocabulary]."""
         ...
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """Copy the first `length` tokens' keys and values between slots; False if that can't be done."""
+        ...
+
+    def limits(self, limits: CacheLimits) -> CacheLimits:
+        """What of these limits this backend can keep to; CacheBudgetError where it can't."""
         ...
 
     def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:

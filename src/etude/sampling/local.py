@@ -35,7 +35,6 @@ from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheLimits, format_size, parse_size
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
-from etude.sampling.static import StaticBackend
 from etude.sampling.stop import StopStrings, token_texts
 from etude.sampling.weights import WeightWatch
 from etude.types import FinishReason, Sampled, SamplingParams
@@ -132,8 +131,7 @@ class LocalSampler:
             cost = self._backend.measure()
         if budget is None:
             budget = max(free_memory(self.model.device) // 2, cost.of_session(self.max_length))
-        limits = CacheLimits(self.slots, self.max_length, cost, budget)
-        return self._backend.limits(limits) if isinstance(self._backend, StaticBackend) else limits
+        return self._backend.limits(CacheLimits(self.slots, self.max_length, cost, budget))
 
     def describe(self) -> str:
         """The sizes in one line, for the start of a run."""
@@ -367,7 +365,7 @@ class LocalSampler:
             else:
                 self._running.append(turn)
         self._waiting = still_waiting
-        if not self._waiting and not isinstance(self._backend, StaticBackend):  # which reads holes anyway
+        if not self._waiting and self._backend.closes_up:
             self._close_up()
 
     def _close_up(self) -> None:
@@ -375,8 +373,7 @@ class LocalSampler:
         while (hole := self._slots.hole()) is not None:
             session, target = hole
             assert session.slot is not None
-            if not self._backend.copy(session.slot, target, session.cached):
-                return
+            self._backend.copy(session.slot, target, session.cached)
             self._slots.move(session, target)
 
     def _withdraw(self, turn: Turn) -> None:

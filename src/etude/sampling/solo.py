@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 from etude.errors import ModelError
 from etude.models.packing import FOREIGN_ERRORS, crosses_switch, plain_logits, probes, same_logits
 from etude.sampling.feeds import Feed
-from etude.sampling.memory import CacheCost
+from etude.sampling.memory import CacheCost, CacheLimits
 
 Way = Literal["pieces", "tokens", "whole"]  # several tokens after a state, one by one, or all from the start
 _STATES = ("past_key_values", "cache_params", "state")  # the keywords under which families take theirs
@@ -35,6 +35,8 @@ class SoloBackend:
     Args:
         way: how a sequence is continued; see `Way`.
     """
+
+    closes_up = False
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:
         self.model = model
@@ -51,6 +53,9 @@ class SoloBackend:
 
     def copy(self, source: int, target: int, length: int) -> bool:
         return False  # a state may be more than keys and values by position
+
+    def limits(self, limits: CacheLimits) -> CacheLimits:
+        return limits
 
     def resize(self, slots: int, length: int, kept: Sequence[int]) -> None:
         """States grow as they are fed; what is no longer held goes."""

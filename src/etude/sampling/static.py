@@ -71,6 +71,8 @@ class StaticBackend:
         capture: makes what captures steps, such as `CudaCapture`; None to run every step eagerly.
     """
 
+    closes_up = False  # idle rows are computed anyway
+
     def __init__(
         self,
         packed: PackedBackend,
