@@ -155,12 +155,12 @@ def _attend_after_prefix(
     Juravsky et al. 2024, "Hydragen", section 3.1, with one softmax over both parts.
     """
     heads, rows, dim = q.shape
-    kv_heads, one = keys.shape[1], int(group.slots[0])
+    kv_heads = keys.shape[1]
     q = q * (dim**-0.5 if scaling is None else scaling)
     before, after = slice(group.length), slice(group.length, group.width)
     q_KGRd = q.unflatten(0, (kv_heads, -1))
     q_RKGd = q_KGRd.permute(2, 0, 1, 3)
-    first = q_KGRd.flatten(1, 2) @ keys[one, :, before].transpose(-1, -2)  # [K, G·R, P]
+    first = q_KGRd.flatten(1, 2) @ keys[group.holder, :, before].transpose(-1, -2)  # [K, G·R, P]
     rest = q_RKGd @ keys[group.slots, :, after].transpose(-1, -2)  # [R, K, G, S]
     rest = rest.masked_fill(~group.visible_RS[:, None, None], -torch.inf)
     first = first.unflatten(1, (-1, rows)).permute(2, 0, 1, 3)  # [R, K, G, P]
@@ -168,7 +168,7 @@ def _attend_after_prefix(
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(values.dtype)
     first, rest = weights.split([group.length, group.width - group.length], dim=-1)
     out = rest @ values[group.slots, :, after]  # [R, K, G, d]
-    common = first.permute(1, 2, 0, 3).flatten(1, 2) @ values[one, :, before]  # [K, G·R, d]
+    common = first.permute(1, 2, 0, 3).flatten(1, 2) @ values[group.holder, :, before]  # [K, G·R, d]
     out = out.permute(1, 2, 0, 3) + common.unflatten(1, (-1, rows))
     return out.reshape(heads, rows, -1)
 

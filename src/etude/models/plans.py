@@ -127,7 +127,9 @@ class PackedPlan:
         visible_RS = ages_R1 >= torch.arange(width - common)
         tokens = torch.tensor([self.starts[i] for i in rows], device=self.device)
         slots = torch.tensor([self.slots[i] for i in rows], device=self.device)
-        return SharedPrefix(set(rows), common, width, tokens, slots, visible_RS.to(self.device))
+        return SharedPrefix(
+            set(rows), common, width, tokens, slots, self.slots[rows[0]], visible_RS.to(self.device)
+        )
 
 
 @dataclass
@@ -172,6 +174,7 @@ class SharedPrefix:
     width: int
     tokens: Tensor  # [R], places in the flat step
     slots: Tensor  # [R]
+    holder: int  # the slot that the common beginning is read from
     visible_RS: Tensor  # what each may see of the S = width - length tokens that follow
 
 
