@@ -213,7 +213,7 @@ def test_push_to_hub(make_trainer, monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message):
             sent[repo_id] = {path.name for path in Path(folder_path).iterdir()}
 
-    monkeypatch.setattr("etude.trainers.ppo.HfApi", Hub)
+    monkeypatch.setattr("etude.trainers.policy.HfApi", Hub)
     make_trainer(steps=8, push_to_hub=True, hub_model_id="vowels", eval_steps=0).train()
     assert {"README.md", "config.json", "model.safetensors", "value_head.safetensors"} <= sent["me/vowels"]
     assert not {"metrics.jsonl", "episodes.jsonl", "run.yaml"} & sent["me/vowels"]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.batch import Trajectory
@@ -375,8 +376,11 @@ class OnlineTrainer(ABC):
     @cached_property
     def sampler(self) -> LocalSampler:
         """A sampler over the very weights that are trained."""
+        return self._sampler_over(self.model)
+
+    def _sampler_over(self, model: nn.Module) -> LocalSampler:
         return LocalSampler(
-            self.model,
+            model,
             self.tokenizer,
             slots=self.config.slots,
             max_length=None if self.environment is None else self.environment.max_length,

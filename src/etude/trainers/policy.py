@@ -227,16 +227,6 @@ class PolicyTrainer(OnlineTrainer):
         assert self.ref_model is not None
         return self._sampler_over(self.ref_model)
 
-    def _sampler_over(self, model: nn.Module) -> LocalSampler:
-        config = self.config
-        return LocalSampler(
-            model,
-            self.tokenizer,
-            slots=config.slots,
-            cache_bytes=config.cache_bytes,
-            deterministic=config.deterministic,
-        )
-
     # The model's ways out.
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -249,10 +239,9 @@ class PolicyTrainer(OnlineTrainer):
 
     def push_to_hub(self) -> None:
         """Upload model, tokenizer and model card to `hub_model_id` (by default named as `output_dir`)."""
-        if self.accelerator.is_main_process:
-            self._upload(HfApi())
-
-    def _upload(self, api: HfApi) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        api = HfApi()
         name = self.config.hub_model_id or Path(self.config.output_dir or "model").resolve().name
         repo = api.create_repo(name, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:

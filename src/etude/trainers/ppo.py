@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -305,11 +304,6 @@ class PPOTrainer(PolicyTrainer):
     def save_pretrained(self, save_directory: str | Path) -> None:
         """TRL's name of `save_model`."""
         self.save_model(save_directory)
-
-    def push_to_hub(self) -> None:
-        """Upload model, tokenizer and model card to `hub_model_id` (by default named as `output_dir`)."""
-        if self.accelerator.is_main_process:
-            self._upload(HfApi())
 
     # State.
 
