@@ -26,7 +26,6 @@ from etude.math.masked import masked_mean
 from etude.trainers.group_config import GroupConfig
 from etude.trainers.learner import Experience, Minibatch, UpdateLog
 from etude.trainers.policy import PolicyTrainer
-from etude.trainers.ppo_stats import sampler_gap
 from etude.trainers.setup import without_value_head
 
 
@@ -129,7 +128,7 @@ class GroupTrainer(PolicyTrainer):
             "frac_reward_zero_std": idle,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **self._kl(experience),
-            **sampler_gap(experience),
+            **experience.sampler_gap(),
         }
         if idle == 1.0:  # an optimizer step without gradient isn't nothing: momentum goes on
             warnings.warn(

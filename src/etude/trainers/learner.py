@@ -57,6 +57,18 @@ class Experience:
             entropies=self.entropies[index, :longest],
         )
 
+    def sampler_gap(self) -> dict[str, float]:
+        """How far the sampler's log-probabilities are from the trainer's, per token; empty where unknown."""
+        gaps = [
+            (self.logprobs[i, : len(sampler)] - sampler.to(self.logprobs.device)).abs()
+            for i, trajectory in enumerate(self.trajectories)
+            if (sampler := trajectory.sampler_logprobs) is not None and len(sampler)
+        ]
+        if not gaps:
+            return {}
+        gap = torch.cat(gaps)
+        return {"sampler/gap_mean": gap.mean().item(), "sampler/gap_max": gap.max().item()}
+
 
 @dataclass(slots=True)
 class Minibatch:

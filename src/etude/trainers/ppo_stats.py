@@ -71,23 +71,8 @@ def step_stats(
             "min_length and forced tokens are off",
             stacklevel=3,
         )
-    stats.update(sampler_gap(experience))
+    stats.update(experience.sampler_gap())
     return stats
-
-
-def sampler_gap(experience: Experience) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the trainer's, per token."""
-    known = [i for i, t in enumerate(experience.trajectories) if t.sampler_logprobs is not None]
-    gaps = []
-    for i in known:
-        sampler = experience.trajectories[i].sampler_logprobs
-        assert sampler is not None
-        trainer = experience.logprobs[i, : len(sampler)]
-        gaps.append((trainer - sampler.to(trainer.device)).abs())
-    if not gaps or not sum(len(gap) for gap in gaps):
-        return {}
-    gap = torch.cat(gaps)
-    return {"sampler/gap_mean": gap.mean().item(), "sampler/gap_max": gap.max().item()}
 
 
 def minibatch_stats(
