@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -57,6 +57,18 @@ class Experience:
             entropies=self.entropies[index, :longest],
         )
 
+    def sampler_logprobs(self) -> Tensor:
+        """What the sampler recorded [B, N]; the trainer's own where it is unknown."""
+        logprobs_BN = self.logprobs.clone()
+        for row_N, trajectory in zip(logprobs_BN, self.trajectories, strict=True):
+            if trajectory.sampler_logprobs is not None:
+                row_N[: len(trajectory.sampled)] = trajectory.sampler_logprobs.to(row_N)
+        return logprobs_BN
+
+    def only(self, kept_B: Tensor) -> Experience:
+        """The same with tokens to learn from in some rows only."""
+        return replace(self, mask=self.mask & kept_B[:, None])
+
     def sampler_gap(self) -> dict[str, float]:
         """How far the sampler's log-probabilities are from the trainer's, per token; empty where unknown."""
         gaps = [
@@ -79,7 +91,8 @@ class Minibatch:
     Attributes:
         indices: rows of the experience.
         observed: those rows, padded to the longest of them.
-        logprobs, entropies, values: [B, N], now; gradients flow through the first and the last.
+        logprobs, entropies, values: [B, N], now; gradients flow through the first and the last, and through
+            entropies if the learner was asked for it.
         denominator: sampled tokens of the whole optimizer step, over accumulation steps and processes.
         sequences: the same for trajectories with a sampled token.
     """
@@ -133,6 +146,7 @@ class Learner:
         uses_reference: False where nothing is held close to a reference: it isn't computed, and the KL is 0.
         max_tokens_per_pass: cut up mini-batches of more tokens, a longer trajectory by itself; None: don't.
             Processes may then differ in their number of passes: not for parameters sharded over them.
+        entropy_gradient: let gradients flow through entropies, for losses with a bonus for them.
     """
 
     def __init__(
@@ -150,6 +164,7 @@ class Learner:
         kl_kind: KLKind | str,
         uses_reference: bool = True,
         max_tokens_per_pass: int | None = None,
+        entropy_gradient: bool = False,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
@@ -163,6 +178,7 @@ class Learner:
         self.kl_kind = kl_kind
         self.uses_reference = uses_reference
         self.max_tokens_per_pass = max_tokens_per_pass
+        self.entropy_gradient = entropy_gradient
 
     @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
@@ -246,7 +262,9 @@ class Learner:
         denominator, sequences = self.global_count(mask.sum()), self.global_count(mask.any(1).sum())
         if denominator == 0:
             return  # nothing was sampled in any of these, on any process
-        passes = self._passes(experience.trajectories, indices)
+        # Rows without a token to learn from have no gradient; of nothing else, one stands in for this process.
+        telling = [i for i, tells in zip(indices, mask.any(1).tolist(), strict=True) if tells]
+        passes = self._passes(experience.trajectories, telling or indices[:1])
         for i, rows in enumerate(passes):
             minibatch = self._minibatch(experience, rows, denominator, sequences, i == len(passes) - 1)
             with self._synchronised(i == len(passes) - 1):
@@ -285,7 +303,7 @@ class Learner:
         observed = experience.rows(indices)
         batch = PackedBatch.of(observed.trajectories, self.accelerator.device)
         with self._synchronised(is_last):
-            output = self._forward(self.policy, batch)
+            output = self._forward(self.policy, batch, entropy_gradient=self.entropy_gradient)
         values = torch.zeros_like(output.logprobs) if output.values is None else output.values
         return Minibatch(
             indices,
@@ -297,7 +315,13 @@ class Learner:
             sequences,
         )
 
-    def _forward(self, policy: nn.Module, batch: PackedBatch, keep_logits: bool = False) -> PolicyOutput:
+    def _forward(
+        self,
+        policy: nn.Module,
+        batch: PackedBatch,
+        keep_logits: bool = False,
+        entropy_gradient: bool = False,
+    ) -> PolicyOutput:
         with self.accelerator.autocast():
             return policy(
                 batch.input_ids,
@@ -307,6 +331,7 @@ class Learner:
                 batch.last_states,
                 self.temperature,
                 keep_logits,
+                entropy_gradient,
             )
 
     @contextmanager
