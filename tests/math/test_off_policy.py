@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from etude.errors import ConfigError, DataError
 from etude.math.off_policy import importance_weights
 
-# Ratios by token: 2, 4, 1/2 (product 4) and 1, 1/2 (product 1/2); the last place of the second holds no token.
+# Ratios by token: 2, 4, 1/2 (product 4) and 1, 1/2 (product 1/2), then no token.
 RATIOS = torch.tensor([[2.0, 4.0, 0.5], [1.0, 0.5, 77.0]])
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
 SAMPLER = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, -1.5, -2.5]])
@@ -62,7 +62,7 @@ def test_unbiased_estimate_under_the_policy() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ConfigError, match="cap is 0.5; expected a number >= 1"):
+    with pytest.raises(ConfigError, match=r"cap is 0\.5; expected a number >= 1"):
         importance_weights(NOW, SAMPLER, MASK, mode="token_mask", cap=0.5)
     with pytest.raises(ConfigError, match="mode is 'both'; expected one of none, token_truncate"):
         importance_weights(NOW, SAMPLER, MASK, mode="both", cap=2.0)  # type: ignore[arg-type]

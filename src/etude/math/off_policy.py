@@ -50,7 +50,9 @@ def importance_weights(
     if mode not in get_args(Correction):
         raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(get_args(Correction))}")
     if not cap >= 1:
-        raise ConfigError(f"cap is {cap}; expected a number >= 1: 1 is the weight of a token that is on policy")
+        raise ConfigError(
+            f"cap is {cap}; expected a number >= 1: 1 is the weight of a token that is on policy"
+        )
     if mode == "none":
         return torch.ones_like(logprobs_BN)
     level, _, bound = mode.partition("_")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from etude.math.advantages import gae
 from etude.math.masked import masked_whiten
-from etude.trainers.learner import Experience
+from etude.trainers.experience import Experience
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ def where_rewarded(experience: Experience) -> Tensor:
 
 
 def token_rewards(experience: Experience, scores_B: Tensor, scale: float = 1.0) -> Tensor:
-    """What was earned at each sampled token [B, N], in all the score: what didn't come early comes at the end.
+    """What was earned at each sampled token [B, N]: what of the score didn't come early comes at the end.
 
     Args:
         scores_B: the episodes' scores, perhaps divided by `scale`.

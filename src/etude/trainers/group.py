@@ -26,12 +26,11 @@ from etude.math.kl import KLKind
 from etude.math.masked import masked_mean
 from etude.sampling.draw import mix
 from etude.trainers.credit import early_rewards, gathered
+from etude.trainers.experience import Experience, Minibatch, UpdateLog
 from etude.trainers.group_config import GroupConfig
-from etude.trainers.learner import Experience, Minibatch, UpdateLog
 from etude.trainers.policy import PolicyTrainer
 from etude.trainers.setup import without_value_head
 from etude.types import Episode
-
 
 _MORE = 6  # name of a random stream
 
@@ -148,7 +147,8 @@ class GroupTrainer(PolicyTrainer):
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """Observe the batch, give each token its advantage, and go through it `num_iterations` times."""
-        experience = self.learner.observe([_settled(trajectory) for trajectory in trajectories])
+        settled = [_settled(trajectory) for trajectory in trajectories]
+        experience = self.learner.observe(settled, postpone=self._learns_in_one_step)
         advantages_BN = self.spread(self._advantages(experience), experience)
         telling_B = gathered(advantages_BN.any(1), self.accelerator)
         stats = {"learning_rate": self.optimizer.param_groups[0]["lr"], **self._kl(experience)}
@@ -156,7 +156,6 @@ class GroupTrainer(PolicyTrainer):
             idle = ~telling_B.view(-1, self.plays).any(1)
             stats["frac_reward_zero_std"] = idle.to(torch.float32).mean().item()
         advantages_BN, gap = self.corrected(advantages_BN, experience)
-        stats |= gap
         if not telling_B.any():  # an optimizer step without gradient isn't nothing: momentum goes on
             warnings.warn(
                 "no episode of this batch is better or worse than those it is compared with, so there was "
@@ -170,12 +169,21 @@ class GroupTrainer(PolicyTrainer):
                 experience, lambda minibatch: self._loss(minibatch, advantages_BN), self._shuffles()
             )
             stats |= _means(log)
+            gap |= experience.sampler_gap()
+        stats |= gap
         self.lr_scheduler.step()
         return stats
 
     def chosen(self, experience: Experience, advantages_BN: Tensor) -> Experience:
         """What the loss is an average over; an algorithm that leaves episodes out says so here."""
         return experience
+
+    @property
+    def _learns_in_one_step(self) -> bool:
+        """Nothing asks for log-probabilities before the weights change: the update's own are early enough."""
+        config = self.config
+        once = config.passes == config.gradient_accumulation_steps and config.num_iterations == 1
+        return once and not self.learner.uses_reference and config.importance_sampling_correction == "none"
 
     def _advantages(self, experience: Experience) -> Tensor:
         """Of this process's episodes [B]; they are compared with those of all processes."""
@@ -255,7 +263,7 @@ class GroupTrainer(PolicyTrainer):
         """Tasks for `count` more groups, and seeds: by counters, so that a resumed run plays the same."""
         stream = mix(self.config.seed, _MORE, step, self.accelerator.process_index, round)
         order = torch.randperm(len(self.train_rows), generator=torch.Generator().manual_seed(stream))
-        rows = [self.train_rows[int(order[i % len(order)])] for i in range(count)]
+        rows: list[Mapping[str, Any]] = [self.train_rows[int(order[i % len(order)])] for i in range(count)]
         tasks = [row for row in rows for _ in range(self.plays)]
         return tasks, [mix(stream, i) for i in range(len(tasks))]
 

@@ -16,9 +16,9 @@ from etude.math.group import group_advantages, process_advantages
 from etude.math.kl import kl_estimate
 from etude.math.losses import aggregate, cispo_loss, clipped_policy_loss, sequence_policy_loss
 from etude.trainers.credit import gathered, own_part, token_rewards, where_rewarded
+from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.group import GroupTrainer, Scores
 from etude.trainers.group_config import GRPOConfig
-from etude.trainers.learner import Minibatch
 
 
 class GRPOTrainer(GroupTrainer):
@@ -35,7 +35,9 @@ class GRPOTrainer(GroupTrainer):
 
     def spread(self, advantages_B: Tensor, experience: Experience) -> Tensor:
         """Rewards of turns and tokens are compared one by one (process supervision, section 4.1.3)."""
-        early = torch.tensor(any(t.early_rewards for t in experience.trajectories), device=self.current_device)
+        early = torch.tensor(
+            any(t.early_rewards for t in experience.trajectories), device=self.current_device
+        )
         if not gathered(early[None], self.accelerator).any():
             return super().spread(advantages_B, experience)
         scores_B = advantages_B.new_tensor([t.score for t in experience.trajectories])

@@ -88,8 +88,8 @@ class OnlineConfig(ABC):
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = setting(
         "none",
-        "weigh tokens by how probable they are to the trainer over how probable they were to the sampler, per "
-        "token or per episode, weights above the cap cut (truncate) or their tokens left out (mask)",
+        "weigh tokens by their probability for the trainer over that for the sampler, by token or episode; "
+        "weights above the cap are cut (truncate) or their tokens left out (mask)",
     )
     importance_sampling_cap: float = setting(2.0, "largest of these weights")
 
@@ -143,9 +143,7 @@ class OnlineConfig(ABC):
         table = dict(STOP_POLICIES)
         for name, changes in self.stop_policies.items():
             if name not in set(StopReason):
-                raise ConfigError(
-                    f"stop_policies names {name!r}; expected one of {', '.join(StopReason)}"
-                )
+                raise ConfigError(f"stop_policies names {name!r}; expected one of {', '.join(StopReason)}")
             reason = StopReason(name)
             try:
                 table[reason] = dataclasses.replace(table[reason], **changes)

@@ -33,7 +33,8 @@ from etude.sampling.draw import mix
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
-from etude.trainers.learner import Experience, Learner, Minibatch
+from etude.trainers.experience import Experience, Minibatch
+from etude.trainers.learner import Learner
 from etude.trainers.online import OnlineTrainer
 from etude.trainers.online_config import OnlineConfig
 from etude.trainers.setup import (
@@ -151,7 +152,7 @@ class PolicyTrainer(OnlineTrainer):
         The sampler's computation differs a little from the trainer's. What it means that a weight is on the
         advantage: it scales the policy's loss, whatever the algorithm's, and neither value nor KL terms.
         """
-        stats = experience.sampler_gap()
+        stats = {} if experience.pending else experience.sampler_gap()
         mode = self.config.importance_sampling_correction
         if mode == "none" or not experience.mask.any():
             return advantages_BN, stats

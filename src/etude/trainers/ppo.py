@@ -34,7 +34,7 @@ from etude.runtime.run import RunDirectory
 from etude.trainers.clock import Clock
 from etude.trainers.columns import used_columns
 from etude.trainers.credit import Credit, gae_credit
-from etude.trainers.learner import Minibatch, UpdateLog
+from etude.trainers.experience import Minibatch, UpdateLog
 from etude.trainers.policy import PolicyTrainer
 from etude.trainers.ppo_config import PPOConfig
 from etude.trainers.ppo_stats import minibatch_stats, step_stats

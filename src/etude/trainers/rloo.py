@@ -18,9 +18,9 @@ from etude.math.group import leave_one_out_advantages
 from etude.math.losses import aggregate, sequence_policy_loss
 from etude.math.masked import masked_var
 from etude.trainers.credit import gathered
+from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.group import GroupTrainer, Scores
 from etude.trainers.group_config import RLOOConfig
-from etude.trainers.learner import Experience, Minibatch
 
 
 class RLOOTrainer(GroupTrainer):
