@@ -94,6 +94,10 @@ class OnlineTrainer(ABC):
         """How often `train` plays and learns, iterations before a resumption counted."""
 
     @abstractmethod
+    def describe_batches(self) -> str:
+        """One line: what an iteration plays, and how it is gone through."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What `learn` carries from one iteration to the next, beside weights and optimizer."""
 
@@ -121,6 +125,7 @@ class OnlineTrainer(ABC):
             title=Path(run.path).name,
             enabled=self.accelerator.is_main_process and not self.config.disable_progress,
         )
+        display.message(self.describe_batches())
         display.message(self.sampler.describe())
         if self.accelerator.is_main_process:
             run.update_summary({"sampler": self.sampler.describe().removeprefix("sampler: ")})

@@ -6,6 +6,7 @@ directory it is saved in, the hub. An algorithm is a subclass with its `learn`.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -145,6 +146,25 @@ class PolicyTrainer(OnlineTrainer):
         pass
 
     # What algorithms have in common.
+
+    def describe_batches(self) -> str:
+        """One line: what an iteration plays, and how it is gone through."""
+        config, processes = self.config, self.accelerator.num_processes
+        episodes, step_size = config.batch_size * processes, config.backward_batch_size * processes
+        steps = math.ceil(config.batch_size / config.backward_batch_size) * self.learner.epochs
+        played = f"{episodes // self.plays} tasks × {self.plays} = " if self.plays > 1 else ""
+        factors = [f"{config.mini_batch_size} per pass"]
+        if config.gradient_accumulation_steps > 1:
+            factors.append(f"{config.gradient_accumulation_steps} passes")
+        if processes > 1:
+            factors.append(f"{processes} processes")
+        epochs = f", {self.learner.epochs} times over" if self.learner.epochs > 1 else ""
+        iterations = self.total_iterations
+        return (
+            f"batches: {played}{episodes} episodes an iteration, in steps of {step_size} "
+            f"({' × '.join(factors)}){epochs}: {steps} optimizer steps; "
+            f"× {iterations} iterations = {steps * iterations} steps, {episodes * iterations} episodes"
+        )
 
     def corrected(self, advantages_BN: Tensor, experience: Experience) -> tuple[Tensor, dict[str, float]]:
         """Advantages times the importance weights of tokens that another policy sampled, and statistics.
