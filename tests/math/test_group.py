@@ -75,7 +75,7 @@ def test_groups_need_not_lie_together():
 def test_decoupled_by_hand():
     # First reward: −2, 0, 2 over a deviation of 2, and constant. Second: ±1 over √2 for those it applies to,
     # and ±2 over 2√2. With weights 1 and 2 the sums of the first group are −1, √2 and 1 − √2, those of
-    # the second −√2 and √2 (but for the 1e-4), of mean 0; deviations over n − 1. To the last no reward applies.
+    # the second −√2 and √2 (but for the 1e-4), of mean 0; over n − 1. No reward applies to the last.
     none = float("nan")
     rewards = double([[1, none], [3, 4], [5, 2], [7, 0], [7, 4], [none, none]])
     advantages = decoupled_advantages(rewards, double([1, 2]), ids(3, 3))

@@ -11,7 +11,6 @@ REINFORCE.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from etude.math.group import leave_one_out_advantages
@@ -37,8 +36,8 @@ class RLOOTrainer(GroupTrainer):
     def credit(self, scores_B: Tensor, groups_B: Tensor, kept_B: Tensor) -> Tensor:
         advantages_B = leave_one_out_advantages(scores_B, groups_B, kept_B)
         if self.config.normalize_advantages and advantages_B.any():
-            # Their mean is 0 already, and what is exactly 0 has to stay so.
-            advantages_B = advantages_B * torch.rsqrt(masked_var(advantages_B, kept_B) + 1e-8)
+            # Their mean is 0 already, and what is exactly 0 has to stay so; 1e-4 as in TRL.
+            advantages_B = advantages_B / (masked_var(advantages_B, kept_B).sqrt() + 1e-4)
         return advantages_B
 
     def loss(self, minibatch: Minibatch, advantages_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
