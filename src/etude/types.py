@@ -59,6 +59,13 @@ class StopPolicy:
     reward: Literal["keep", "clamp", "drop"] = "keep"
     train: bool = True
 
+    def __post_init__(self) -> None:
+        if self.reward not in ("keep", "clamp", "drop"):
+            raise ValueError(f"reward is {self.reward!r}; expected keep, clamp or drop")
+        for name in ("bootstrap", "train"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+
 
 # Limits that hold at evaluation too (turns, tokens, tool calls) are part of the task: terminal, scored
 # as they stand. Only interruptions from outside bootstrap. What our side broke is never trained on.

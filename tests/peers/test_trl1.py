@@ -1,4 +1,4 @@
-"""Our numbers against TRL 1.16's on the same tensors: log-probabilities, losses and gradients, advantages.
+"""Our numbers against TRL 1.16's on the same tensors: log-probabilities, losses, gradients, advantages.
 
 `make test` compares with `trl1_losses.json`; `make test-peers` lets TRL make these numbers again and fails
 where they have changed. Where we differ from TRL, and on purpose, the inputs leave that out:
@@ -30,10 +30,12 @@ from etude.data.batch import PackedBatch, Trajectory
 from etude.math.group import decoupled_advantages
 from etude.math.kl import kl_estimate
 from etude.math.masked import masked_mean
+from etude.math.off_policy import importance_weights
 from etude.models.forward import PolicyForward
+from etude.trainers.experience import Experience, Minibatch
+from etude.trainers.group import Scores
 from etude.trainers.group_config import GRPOConfig, RLOOConfig
 from etude.trainers.grpo import GRPOTrainer
-from etude.trainers.learner import Experience, Minibatch
 from etude.trainers.rloo import RLOOTrainer
 
 VALUES = Path(__file__).with_name("trl1_losses.json")
@@ -69,15 +71,14 @@ def peer_model():
 def trajectories():
     """The episodes, scored with the weighted sum of those rewards that apply."""
     found = []
-    for prompt, completion, sampled, rewards in zip(
-        PEER["prompts"], PEER["completions"], PEER["sampled"], PEER["rewards"], strict=True
-    ):
+    names = ("prompts", "completions", "sampled", "rewards", "sampler_logprobs")
+    for prompt, completion, sampled, rewards, sampler in zip(*(PEER[name] for name in names), strict=True):
         weighted = [w * r for w, r in zip(PEER["reward_weights"], rewards, strict=True) if r is not None]
-        found.append(
-            Trajectory.of_response(
-                torch.tensor(prompt), torch.tensor(completion), sum(weighted), torch.tensor(sampled)
-            )
+        trajectory = Trajectory.of_response(
+            torch.tensor(prompt), torch.tensor(completion), sum(weighted), torch.tensor(sampled)
         )
+        trajectory.sampler_logprobs = torch.tensor(sampler, dtype=torch.float64)
+        found.append(trajectory)
     return found
 
 
@@ -105,7 +106,13 @@ def experience():
 
 def our_settings(theirs):
     """TRL's settings in our meaning of them."""
-    ours = {name: value for name, value in theirs.items() if name != "use_bias_correction_kl"}
+    names = {
+        "vllm_importance_sampling_mode": "importance_sampling_correction",
+        "vllm_importance_sampling_clip_max": "importance_sampling_cap",
+    }
+    ours = {
+        names.get(name, name): value for name, value in theirs.items() if name != "use_bias_correction_kl"
+    }
     if ours.get("loss_type") == "cispo":
         ours |= {"epsilon": 1.0, "epsilon_high": ours["epsilon_high"] - 1}
     if ours.get("loss_type") == "dr_grpo":
@@ -144,7 +151,8 @@ def test_losses_and_their_gradients(name, tokenizer):
         sequences=observed.mask.any(1).sum(),
     )
     advantages = torch.tensor(PEER["given_advantages"], dtype=torch.float64)
-    loss, _, _ = trainer.loss(minibatch, advantages[:, None].expand_as(logprobs))
+    advantages, _ = trainer.corrected(advantages[:, None].expand_as(logprobs), observed)
+    loss, _, _ = trainer.loss(minibatch, advantages)
     (gradients,) = torch.autograd.grad(loss, logprobs)
     close(loss, theirs["loss"])
     close(gradients, pad_rows(theirs["gradients"]))
@@ -167,10 +175,22 @@ def test_advantages(name, tokenizer):
         advantages = decoupled_advantages(rewards, torch.tensor(PEER["reward_weights"]), groups())
     else:
         trainer = trainer_like(name, theirs["settings"], tokenizer)
-        scores = torch.tensor([trajectory.score for trajectory in trajectories()], dtype=torch.float64)
-        penalised = trainer.penalised(scores, experience())
-        advantages = trainer.credit(penalised, groups(), scored())
+        observed = experience().only(scored())
+        scores = torch.tensor([trajectory.score for trajectory in observed.trajectories], dtype=torch.float64)
+        penalised = trainer.penalised(scores, observed)
+        credit = trainer.credit(Scores(penalised, groups(), scored(), observed.trajectories))
+        advantages_BN = trainer.spread(credit, observed)
+        assert (advantages_BN == advantages_BN[:, :1])[observed.mask].all()
+        advantages = advantages_BN[:, 0]
     close(advantages, theirs["advantages"])
+
+
+@pytest.mark.parametrize("mode", PEER["importance"])
+def test_importance_weights(mode):
+    theirs = PEER["importance"][mode]
+    cap = theirs["settings"]["vllm_importance_sampling_clip_max"]
+    weights = importance_weights(rows("old_logprobs"), rows("sampler_logprobs"), mask(), mode=mode, cap=cap)
+    close(weights[mask()], pad_rows(theirs["weights"])[mask()])
 
 
 @pytest.mark.peers

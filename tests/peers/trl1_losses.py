@@ -68,6 +68,16 @@ LOSSES = {
         **NO_CORRECTION,
     },
 }
+# Caps that some ratios are above and some below.
+IMPORTANCE = {
+    mode: {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.25}
+    for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+}
+LOSSES |= {
+    "dapo, token_truncate": {"loss_type": "dapo", **IMPORTANCE["token_truncate"]},
+    "cispo, token_mask": {"loss_type": "cispo", "epsilon_high": 1.25, **IMPORTANCE["token_mask"]},
+    "gspo, kl, sequence_mask": {**LOSSES["gspo, kl"], **IMPORTANCE["sequence_mask"]},
+}
 RLOO_LOSSES = {"rloo": {"beta": 0.0}, "rloo, higher": {"beta": 0.0, "epsilon": 0.3, "epsilon_high": 0.5}}
 GRPO_ADVANTAGES = {
     "group": {"scale_rewards": "group"},
@@ -79,11 +89,6 @@ RLOO_ADVANTAGES = {
     "rloo": {"beta": 0.0},
     "rloo, kl": {"beta": 0.1},
     "rloo, kl, normalized": {"beta": 0.1, "normalize_advantages": True},
-}
-# Caps that some ratios are above and some below.
-IMPORTANCE = {
-    mode: {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.25}
-    for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 }
 
 
@@ -215,6 +220,9 @@ class Peer:
             "ref_per_token_logps": self.ref,
             "num_items_in_batch": self.mask.sum(),
         }
+        if "vllm_importance_sampling_mode" in settings:
+            trainer.use_vllm = True
+            batch["importance_sampling_ratio"] = self.weights(settings)
         loss = trainer._compute_loss(trainer.model, batch)
         loss.backward()
         assert not now.grad[self.mask == 0].any()
@@ -235,13 +243,15 @@ class Peer:
         batch = trainer._generate_and_score_completions(self._inputs())
         return {"settings": settings, "advantages": batch["advantages"].tolist()}
 
-    def importance(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """TRL's weights of tokens that another engine sampled: [B, 1] where they are one per sequence."""
+    def weights(self, settings: dict[str, Any]) -> Tensor:
+        """Importance weights of tokens that another engine sampled: [B, T], or [B, 1] for whole sequences."""
         trainer = self._trainer(GivenGRPO, GRPOConfig, settings)
         trainer.use_vllm, trainer._last_loaded_step = True, trainer.state.global_step
         trainer.passes = [self.old]
-        weights = trainer._generate_and_score_completions(self._inputs())["importance_sampling_ratio"]
-        return {"settings": settings, "weights": self.rows(weights.expand(self.mask.shape))}
+        return trainer._generate_and_score_completions(self._inputs())["importance_sampling_ratio"]
+
+    def importance(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {"settings": settings, "weights": self.rows(self.weights(settings).expand(self.mask.shape))}
 
     def rows(self, values: Tensor) -> list[list[float]]:
         """Of the model's tokens only."""

@@ -222,7 +222,7 @@ def test_a_batch_of_constant_groups_warns_and_changes_nothing(config_class, beta
     constant = [
         (query, response, mask, float(i // GROUP)) for i, (query, response, mask, _) in enumerate(rows)
     ]
-    with pytest.warns(UserWarning, match="teaches nothing"):
+    with pytest.warns(UserWarning, match="nothing to learn"):
         stats = trainer.learn(trajectories_of(constant))
     assert stats["frac_reward_zero_std"] == 1.0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.state_dict().items())
@@ -248,7 +248,7 @@ def test_without_beta_the_reference_is_not_computed(tokenizer, make_llama, monke
     monkeypatch.setattr(
         PolicyForward, "forward", lambda self, *inputs: calls.append(self.model) or forward(self, *inputs)
     )
-    for beta, forwards in ((0.0, 2), (0.1, 3)):
+    for beta, forwards in ((0.0, 1), (0.1, 3)):
         calls.clear()
         config = settings_of(GRPOConfig, beta=beta, num_iterations=1)
         trainer = GRPOTrainer(make_llama(), config, processing_class=tokenizer)

@@ -74,18 +74,8 @@ def group_advantages(
         ConfigError: a group has a single member, dropped ones counted; the scale is unknown.
         DataError: the shapes differ.
     """
-    if scale not in ("group", "batch", "none"):
-        raise ConfigError(f"scale is {scale!r}; expected group, batch or none")
     scores_B, kept_B = _checked(scores_B, groups_B, kept_B)
-    counts_B = _group_sum(kept_B.to(scores_B), groups_B)
-    centred_B = torch.where(kept_B, scores_B - _group_sum(scores_B, groups_B) / counts_B.clamp_min(1), 0)
-    telling_B = _telling(scores_B, groups_B, kept_B)
-    if scale == "group":
-        std_B = (_group_sum(centred_B**2, groups_B) / (counts_B - 1).clamp_min(1)).sqrt()
-        centred_B = centred_B / (std_B + _EPSILON)
-    elif scale == "batch" and telling_B.any():
-        centred_B = centred_B / (masked_var(scores_B, kept_B).sqrt() + _EPSILON)
-    return torch.where(telling_B, centred_B, 0)
+    return _normalised(scores_B, groups_B, kept_B, scale)
 
 
 @torch.no_grad()
@@ -163,6 +153,53 @@ def batch_advantages(scores_B: Tensor, kept_B: Tensor | None = None, *, whiten: 
     if whiten:
         return masked_whiten(scores_B, kept_B)
     return torch.where(kept_B, scores_B - scores_B.sum() / kept_B.sum(), 0)
+
+
+@torch.no_grad()
+def process_advantages(
+    rewards_BN: Tensor, given_BN: Tensor, groups_B: Tensor, *, scale: RewardScale = "group"
+) -> Tensor:
+    """GRPO with process supervision: A_{i,t} = the sum of i's normalised rewards at t and later.
+
+    Shao et al. 2024, "DeepSeekMath", section 4.1.3: each reward is normalised with the mean and (unbiased)
+    deviation of all rewards of the group, at whatever step they were given.
+
+    Args:
+        rewards_BN: [B, N], floating point.
+        given_BN: [B, N], true where a reward was given; elsewhere `rewards_BN` isn't looked at.
+        groups_B: as for `leave_one_out_advantages`.
+        scale: whose deviation divides, as for `group_advantages`.
+
+    Returns:
+        [B, N], 0 after an episode's last reward. In groups whose rewards are all equal, all 0.
+
+    Raises:
+        ConfigError: the scale is unknown.
+        DataError: the shapes differ.
+    """
+    given_BN = given_BN.bool()
+    require_same_shape(rewards=rewards_BN, given=given_BN)
+    normalised_BN = torch.zeros_like(rewards_BN)
+    rewards_R, groups_R = rewards_BN[given_BN], groups_B[:, None].expand_as(given_BN)[given_BN]
+    if len(rewards_R):
+        everything = torch.ones_like(rewards_R, dtype=torch.bool)
+        normalised_BN[given_BN] = _normalised(rewards_R, groups_R, everything, scale)
+    return normalised_BN.flip(1).cumsum(1).flip(1)
+
+
+def _normalised(scores_B: Tensor, groups_B: Tensor, kept_B: Tensor, scale: RewardScale) -> Tensor:
+    """Less the group's mean, over a deviation; 0 where dropped and in constant groups."""
+    if scale not in ("group", "batch", "none"):
+        raise ConfigError(f"scale is {scale!r}; expected group, batch or none")
+    counts_B = _group_sum(kept_B.to(scores_B), groups_B)
+    centred_B = torch.where(kept_B, scores_B - _group_sum(scores_B, groups_B) / counts_B.clamp_min(1), 0)
+    telling_B = _telling(scores_B, groups_B, kept_B)
+    if scale == "group":
+        std_B = (_group_sum(centred_B**2, groups_B) / (counts_B - 1).clamp_min(1)).sqrt()
+        centred_B = centred_B / (std_B + _EPSILON)
+    elif scale == "batch" and telling_B.any():
+        centred_B = centred_B / (masked_var(scores_B, kept_B).sqrt() + _EPSILON)
+    return torch.where(telling_B, centred_B, 0)
 
 
 def _checked(scores_B: Tensor, groups_B: Tensor, kept_B: Tensor | None) -> tuple[Tensor, Tensor]:
