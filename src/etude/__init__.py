@@ -21,10 +21,16 @@ _EXPORTS = {
     "FunctionReward": "etude.rewards.function",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "IterativeSFTConfig": "etude.trainers.group_config",
+    "IterativeSFTTrainer": "etude.trainers.iterative_sft",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
+    "ReinforceConfig": "etude.trainers.group_config",
+    "ReinforcePlusPlusConfig": "etude.trainers.group_config",
+    "ReinforcePlusPlusTrainer": "etude.trainers.reinforce_plus_plus",
+    "ReinforceTrainer": "etude.trainers.reinforce",
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
@@ -55,10 +61,16 @@ if TYPE_CHECKING:
     from etude.sampling.lengths import LengthSampler as LengthSampler
     from etude.sampling.local import LocalSampler as LocalSampler
     from etude.trainers.group_config import GRPOConfig as GRPOConfig
+    from etude.trainers.group_config import IterativeSFTConfig as IterativeSFTConfig
+    from etude.trainers.group_config import ReinforceConfig as ReinforceConfig
+    from etude.trainers.group_config import ReinforcePlusPlusConfig as ReinforcePlusPlusConfig
     from etude.trainers.group_config import RLOOConfig as RLOOConfig
     from etude.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from etude.trainers.iterative_sft import IterativeSFTTrainer as IterativeSFTTrainer
     from etude.trainers.ppo import PPOTrainer as PPOTrainer
     from etude.trainers.ppo_config import PPOConfig as PPOConfig
+    from etude.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
+    from etude.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
     from etude.trainers.rloo import RLOOTrainer as RLOOTrainer
     from etude.trainers.sft import SFTTrainer as SFTTrainer
     from etude.trainers.sft_config import SFTConfig as SFTConfig
