@@ -61,7 +61,7 @@ def plain_advantages(config, scores, kept):
                     advantages[i] /= statistics.stdev(spread) + 1e-4
     if isinstance(config, RLOOConfig) and config.normalize_advantages:
         spread = statistics.variance(a for a, keep in zip(advantages, kept, strict=True) if keep)
-        advantages = [a / (spread + 1e-8) ** 0.5 for a in advantages]
+        advantages = [a / (spread**0.5 + 1e-4) for a in advantages]
     return advantages
 
 

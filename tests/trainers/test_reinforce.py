@@ -74,10 +74,8 @@ def plain_advantages(config, rows, old, ref):
     if isinstance(config, ReinforceConfig):
         total = [row.score - config.beta * sum(kl[i]) for i, row in enumerate(rows)]
         mean = statistics.fmean(total[i] for i in present)
-        spread = statistics.variance(total[i] for i in present) + 1e-8 if config.normalize_advantages else 1.0
-        return [
-            [(g - config.beta * sum(kl[i]) - mean) / spread**0.5 for g in follow[i]] for i in range(len(rows))
-        ]
+        spread = statistics.stdev(total[i] for i in present) + 1e-4 if config.normalize_advantages else 1.0
+        return [[(g - config.beta * sum(kl[i]) - mean) / spread for g in follow[i]] for i in range(len(rows))]
     size = config.num_generations
     if size == 1:
         tokens = [

@@ -1,8 +1,8 @@
 """Advantages without a critic: an episode's score against those of its group, or of its batch.
 
-Covered: one advantage per episode, for RLOO, GRPO, Dr. GRPO, REINFORCE with a batch baseline and
-REINFORCE++. Not covered: what a score is (a KL penalty in it, say), how an episode's advantage is spread
-over its tokens, statistics over several processes (gather first).
+Covered: one advantage per episode, for RLOO, GRPO, Dr. GRPO, GDPO (several rewards), REINFORCE with a
+batch baseline and REINFORCE++. Not covered: what a score is (a KL penalty in it, say), how an episode's
+advantage is spread over its tokens, statistics over several processes (gather first).
 
 Members that were dropped (our side failed, nothing was sampled) take part in no mean, no deviation and no
 count, and have advantage 0. A group whose kept scores are all equal says nothing about what to do better:
@@ -76,6 +76,52 @@ def group_advantages(
     """
     scores_B, kept_B = _checked(scores_B, groups_B, kept_B)
     return _normalised(scores_B, groups_B, kept_B, scale)
+
+
+@torch.no_grad()
+def decoupled_advantages(
+    rewards_BK: Tensor, weights_K: Tensor, groups_B: Tensor, kept_B: Tensor | None = None
+) -> Tensor:
+    """GDPO: several rewards, each compared within its group before they are added up.
+
+        S_i = Σ_k w_k (r_ik − mean_k) / (std_k + 1e-4), mean and deviation of reward k in the group
+        A_i = (S_i − mean) / (std + 1e-4), mean and deviation of the batch
+
+    Liu et al. 2026, "GDPO: group reward-decoupled normalization policy optimization for multi-reward RL
+    optimization", section 3.1, with weights. Sums of rewards that differ may be equal, and the reward with
+    the largest spread decides; here each has a say by its weight alone. Deviations are unbiased, and small
+    ones damped, as in `group_advantages` (the same as TRL's `normalize_then_sum`).
+
+    Args:
+        rewards_BK: [B, K], floating point; NaN where reward k doesn't apply to episode i: it then takes no
+            part in the group's mean and deviation, and adds 0.
+        weights_K: [K].
+        groups_B, kept_B: as for `leave_one_out_advantages`.
+
+    Returns:
+        [B]. A reward that is constant in a group adds exactly 0 there; 0 for dropped members and for those
+        to which no reward applies, which don't count in the batch's deviation.
+
+    Raises:
+        ConfigError: a group has a single member, dropped ones counted.
+        DataError: the shapes differ.
+    """
+    if rewards_BK.ndim != 2 or weights_K.shape != rewards_BK.shape[1:]:
+        raise DataError(
+            f"rewards have shape {tuple(rewards_BK.shape)} and weights {tuple(weights_K.shape)}; expected "
+            "[B, K] and [K]"
+        )
+    applies_BK = ~rewards_BK.isnan()
+    if kept_B is not None:
+        require_same_shape(groups=groups_B, kept=kept_B)
+        applies_BK = applies_BK & kept_B.bool()[:, None]
+    sums_B = rewards_BK.new_zeros(len(rewards_BK))
+    for rewards_B, applies_B, weight in zip(rewards_BK.T, applies_BK.T, weights_K, strict=True):
+        sums_B = sums_B + weight * group_advantages(rewards_B, groups_B, applies_B)
+    if not sums_B.any():
+        return sums_B
+    # Their mean is 0 already, in each group, and what is exactly 0 has to stay so.
+    return sums_B / (masked_var(sums_B, applies_BK.any(1)).sqrt() + _EPSILON)
 
 
 @torch.no_grad()

@@ -92,12 +92,12 @@ def token_rewards(experience: Experience, scores_B: Tensor, scale: float = 1.0) 
 
 
 def deviation(advantages_B: Tensor, experience: Experience, accelerator: Accelerator) -> Tensor:
-    """Of the advantages of all processes' episodes that are learned from; 1 where all of them are 0."""
+    """Of the advantages of all processes' episodes that are learned from, damped as TRL does; 1 for zeros."""
     everyone_B = gathered(advantages_B, accelerator)
     kept_B = gathered(experience.mask.any(1), accelerator)
     if not (everyone_B * kept_B).any():
         return torch.ones_like(everyone_B.sum())
-    return torch.sqrt(masked_var(everyone_B, kept_B) + 1e-8)
+    return masked_var(everyone_B, kept_B).sqrt() + 1e-4
 
 
 def whiten(values_BN: Tensor, mask_BN: Tensor, accelerator: Accelerator, shift_mean: bool = True) -> Tensor:

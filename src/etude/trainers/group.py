@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -195,6 +196,20 @@ class GroupTrainer(PolicyTrainer):
         advantages = self.credit(Scores(scores, self.groups(len(scores)), kept, trajectories))
         first = self.accelerator.process_index * len(trajectories)
         return advantages[first : first + len(trajectories)]
+
+    def objectives(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """The single rewards of all processes' episodes [B, K], NaN where one doesn't apply; weights [K]."""
+        found = {r.name: r.weight for t in scores.trajectories for r in t.rewards}
+        if self.accelerator.num_processes > 1:
+            found = dict(pair for pairs in gather_object([list(found.items())]) for pair in pairs)
+        names = sorted(found)
+        rewards_BK = scores.scores.new_full((len(scores.trajectories), len(names)), torch.nan)
+        for row_K, trajectory in zip(rewards_BK, scores.trajectories, strict=True):
+            for reward in trajectory.rewards:
+                if reward.value is not None:
+                    k = names.index(reward.name)
+                    row_K[k] = reward.value + torch.nan_to_num(row_K[k])
+        return gathered(rewards_BK, self.accelerator), rewards_BK.new_tensor([found[name] for name in names])
 
     def groups(self, count: int) -> Tensor:
         """The group of each of `count` episodes [B], which lie group by group."""
