@@ -25,12 +25,14 @@ _EXPORTS = {
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
+    "OverlongPenalty": "etude.rewards.overlong",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
     "ReinforceConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusTrainer": "etude.trainers.reinforce_plus_plus",
     "ReinforceTrainer": "etude.trainers.reinforce",
+    "reward": "etude.rewards.function",
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
@@ -42,6 +44,7 @@ _EXPORTS = {
     "StopReason": "etude.types",
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
+    "ToolErrorPenalty": "etude.rewards.tool_errors",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -56,6 +59,9 @@ if TYPE_CHECKING:
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
+    from etude.rewards.function import reward as reward
+    from etude.rewards.overlong import OverlongPenalty as OverlongPenalty
+    from etude.rewards.tool_errors import ToolErrorPenalty as ToolErrorPenalty
     from etude.runtime.run import RunDirectory as RunDirectory
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler

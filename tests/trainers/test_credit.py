@@ -47,7 +47,7 @@ def test_rewards_land_on_sampled_tokens() -> None:
 
 
 def test_without_a_terminal_reward_the_end_has_none() -> None:
-    trajectory = Trajectory.of_episode(played(REWARDS[:2]))
+    trajectory = Trajectory.of_episode(played([*REWARDS[:2], ("answer", None, 1.0, None)]))
     assert where_rewarded(observed([trajectory])).tolist() == [[False, True, False, False, False]]
     rewards = token_rewards(observed([trajectory]), torch.tensor([trajectory.score]))
     assert rewards[0, -1] == pytest.approx(0.0)

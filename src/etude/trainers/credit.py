@@ -72,7 +72,8 @@ def where_rewarded(experience: Experience) -> Tensor:
         if not trajectory.compared:
             continue
         row_N[list(trajectory.early_rewards)] = True
-        if not trajectory.rewards or any(reward.position is None for reward in trajectory.rewards):
+        terminal = [r for r in trajectory.rewards if r.position is None and r.value is not None]
+        if terminal or not trajectory.rewards:
             row_N[len(trajectory.sampled) - 1] = True
     return given_BN & experience.mask
 
