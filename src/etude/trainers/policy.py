@@ -160,10 +160,11 @@ class PolicyTrainer(OnlineTrainer):
             factors.append(f"{processes} processes")
         epochs = f", {self.learner.epochs} times over" if self.learner.epochs > 1 else ""
         iterations = self.total_iterations
+        times = f"{iterations} iteration{'s' * (iterations != 1)}"
         return (
             f"batches: {played}{episodes} episodes an iteration, in steps of {step_size} "
             f"({' × '.join(factors)}){epochs}: {steps} optimizer steps; "
-            f"× {iterations} iterations = {steps * iterations} steps, {episodes * iterations} episodes"
+            f"× {times} = {steps * iterations} steps, {episodes * iterations} episodes"
         )
 
     def corrected(self, advantages_BN: Tensor, experience: Experience) -> tuple[Tensor, dict[str, float]]:
