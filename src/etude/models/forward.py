@@ -67,11 +67,12 @@ class PolicyForward(nn.Module):
         temperature: float = 1.0,
         keep_logits: bool = False,
         entropy_gradient: bool = False,
+        prefixes: Sequence[int | None] = (),
     ) -> PolicyOutput:
-        """See `data.batch.PackedBatch` for the arguments."""
+        """See `data.batch.PackedBatch` for the arguments; without `prefixes`, no sequence has one."""
         head = None if keep_logits else self.head
         run = self._packed if self.packs else self._padded
-        outputs, values = run(head, input_ids, lengths, torch.cat([states, last_states]))
+        outputs, values = run(head, input_ids, lengths, prefixes, torch.cat([states, last_states]))
         outputs, count = outputs[: len(states)], len(states)
         score = token_scores if head is None else head
         logprobs, entropies = score(outputs, targets, temperature, entropy_gradient)
@@ -84,9 +85,14 @@ class PolicyForward(nn.Module):
         )
 
     def _packed(
-        self, head: ChunkedHead | None, input_ids: Tensor, lengths: Sequence[int], wanted: Tensor
+        self,
+        head: ChunkedHead | None,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        prefixes: Sequence[int | None],
+        wanted: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        plan = PackedPlan(lengths, device=input_ids.device)
+        plan = PackedPlan(lengths, prefixes=prefixes, device=input_ids.device)
         inputs = packed_inputs(input_ids, plan)
         if self._keeps_logits:
             outputs, values = self._call(head, **inputs, logits_to_keep=wanted)
@@ -95,15 +101,24 @@ class PolicyForward(nn.Module):
         return outputs[0, wanted], None if values is None else values[0, wanted]
 
     def _padded(
-        self, head: ChunkedHead | None, input_ids: Tensor, lengths: Sequence[int], wanted: Tensor
+        self,
+        head: ChunkedHead | None,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        prefixes: Sequence[int | None],
+        wanted: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = input_ids.split(list(lengths))
+        """A row for each sequence; one that goes on from another has that one in front, computed again."""
+        pieces = input_ids.split(list(lengths))
+        before = [pieces[0][:0] if p is None else pieces[p] for p in prefixes or [None] * len(pieces)]
+        rows = [torch.cat(pair) for pair in zip(before, pieces, strict=True)]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        sizes = torch.tensor(lengths, device=input_ids.device)
-        columns = torch.arange(padded.shape[1], device=input_ids.device)
-        mask = columns[None] < sizes[:, None]
+        first, end = (torch.tensor([len(x) for x in each], device=padded.device) for each in (before, rows))
+        columns = torch.arange(padded.shape[1], device=padded.device)[None]
+        mask = columns < end[:, None]
+        own = mask & (columns >= first[:, None])
         outputs, values = self._call(head, input_ids=padded, attention_mask=mask.long(), use_cache=False)
-        return outputs[mask][wanted], None if values is None else values[mask][wanted]
+        return outputs[own][wanted], None if values is None else values[own][wanted]
 
     def _call(self, head: ChunkedHead | None, **inputs: object) -> tuple[Tensor, Tensor | None]:
         """Logits or, with `head`, the states that are left for it to turn into them; and values."""

@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from etude.data.batch import PackedBatch, Trajectory, within_tokens
+from etude.data.batch import PackedBatch, Trajectory
+from etude.data.families import into_passes
 from etude.math.kl import KLKind, kl_estimate, kl_full
 from etude.models.forward import PolicyForward, PolicyOutput
 from etude.models.reference import reference_by_disabled_adapters
@@ -42,6 +43,8 @@ class Learner:
         max_tokens_per_pass: cut up mini-batches of more tokens, a longer trajectory by itself; None: don't.
             Processes may then differ in their number of passes: not for parameters sharded over them.
         entropy_gradient: let gradients flow through entropies, for losses with a bonus for them.
+        share_prefixes: compute what the trajectories of a pass begin with once for all of them, and put those
+            of an optimizer step that begin alike into the same passes. For models that can be packed.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Learner:
         uses_reference: bool = True,
         max_tokens_per_pass: int | None = None,
         entropy_gradient: bool = False,
+        share_prefixes: bool = True,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
@@ -74,6 +78,8 @@ class Learner:
         self.uses_reference = uses_reference
         self.max_tokens_per_pass = max_tokens_per_pass
         self.entropy_gradient = entropy_gradient
+        unwrapped: PolicyForward = accelerator.unwrap_model(policy)
+        self.share_prefixes = share_prefixes and unwrapped.packs
 
     @torch.no_grad()
     def observe(self, trajectories: Sequence[Trajectory], *, postpone: bool = False) -> Experience:
@@ -103,15 +109,17 @@ class Learner:
         passes = self._passes(trajectories, range(len(trajectories)))
         parts = [self._observe([trajectories[i] for i in indices]) for indices in passes]
         longest = max(part.mask.shape[1] for part in parts)
+        given = torch.tensor([i for indices in passes for i in indices]).argsort().to(parts[0].mask.device)
         per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl", "entropies")
         merged: dict[str, Any] = {
-            name: torch.cat([_widened(getattr(part, name), longest) for part in parts]) for name in per_token
+            name: torch.cat([_widened(getattr(part, name), longest) for part in parts])[given]
+            for name in per_token
         }
-        last_values = torch.cat([part.last_values for part in parts])
+        last_values = torch.cat([part.last_values for part in parts])[given]
         return Experience(list(trajectories), **merged, last_values=last_values)
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> Experience:
-        batch = PackedBatch.of(trajectories, self.accelerator.device)
+        batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
         full = self.kl_kind == "full"
         output = self._forward(self.policy, batch, keep_logits=full)
         expected = output
@@ -199,14 +207,10 @@ class Learner:
         self.optimizer.zero_grad()
 
     def _passes(self, trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[list[int]]:
-        """The trajectories at `indices`, in order, as the forward passes they take."""
-        size = self.mini_batch_size
-        minibatches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return [
-            rows
-            for minibatch in minibatches
-            for rows in within_tokens(trajectories, minibatch, self.max_tokens_per_pass)
-        ]
+        """The trajectories at `indices` as the forward passes they take; those that begin alike together."""
+        sequences = [trajectories[i].token_ids for i in indices]
+        passes = into_passes(sequences, self.mini_batch_size, self.max_tokens_per_pass, self.share_prefixes)
+        return [[indices[place] for place in places] for places in passes]
 
     def _minibatch(
         self,
@@ -216,7 +220,8 @@ class Learner:
         sequences: Tensor,
         is_last: bool,
     ) -> Minibatch:
-        batch = PackedBatch.of([experience.trajectories[i] for i in indices], self.accelerator.device)
+        trajectories = [experience.trajectories[i] for i in indices]
+        batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
         with self._synchronised(is_last):
             output = self._forward(self.policy, batch, entropy_gradient=self.entropy_gradient)
         values = torch.zeros_like(output.logprobs) if output.values is None else output.values
@@ -253,6 +258,7 @@ class Learner:
                 self.temperature,
                 keep_logits,
                 entropy_gradient,
+                batch.prefixes,
             )
 
     @contextmanager
