@@ -185,7 +185,7 @@ class Learner:
         expected = output
         if self.uses_reference:
             with self._as_reference() as reference:
-                expected = self._forward(reference, batch, keep_logits=full)
+                expected = self._forward(reference, batch, keep_logits=full, with_values=False)
         if full:
             assert output.logits is not None
             assert expected.logits is not None
@@ -297,7 +297,9 @@ class Learner:
             sequences,
         )
 
-    def _forward(self, policy: nn.Module, batch: PackedBatch, keep_logits: bool = False) -> PolicyOutput:
+    def _forward(
+        self, policy: nn.Module, batch: PackedBatch, keep_logits: bool = False, with_values: bool = True
+    ) -> PolicyOutput:
         with self.accelerator.autocast():
             return policy(
                 batch.input_ids,
@@ -307,6 +309,7 @@ class Learner:
                 batch.last_states,
                 self.temperature,
                 keep_logits,
+                with_values,
             )
 
     @contextmanager
