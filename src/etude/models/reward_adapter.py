@@ -133,7 +133,7 @@ def merged_with_reward_adapter(
         _fill(model, weights, "default", source)
         merged = model.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
-    return merged, score
+    return merged.requires_grad_(True), score  # peft had frozen the base
 
 
 def _saved(source: str, place: dict[str, Any]) -> tuple[PeftConfig, dict[str, Tensor], nn.Linear]:

@@ -311,8 +311,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         if state_dict is not None:
             options["state_dict"] = _under("pretrained_model.", state_dict)
         os.makedirs(save_directory, exist_ok=True)
-        if self.reward_adapter is not None:
-            options.setdefault("selected_adapters", policy_adapters(self.reward_adapter.model))
+        if isinstance(self.pretrained_model, PeftModel):
+            options.setdefault("selected_adapters", policy_adapters(self.pretrained_model))
         self.pretrained_model.save_pretrained(
             os.fspath(save_directory), is_main_process=is_main_process, **options
         )
