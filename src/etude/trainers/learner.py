@@ -125,7 +125,7 @@ class Learner:
         expected = output
         if self.uses_reference:
             with self._as_reference() as reference:
-                expected = self._forward(reference, batch, keep_logits=full)
+                expected = self._forward(reference, batch, keep_logits=full, with_values=False)
         if full:
             assert output.logits is not None
             assert expected.logits is not None
@@ -247,6 +247,7 @@ class Learner:
         batch: PackedBatch,
         keep_logits: bool = False,
         entropy_gradient: bool = False,
+        with_values: bool = True,
     ) -> PolicyOutput:
         with self.accelerator.autocast():
             return policy(
@@ -259,6 +260,7 @@ class Learner:
                 keep_logits,
                 entropy_gradient,
                 batch.prefixes,
+                with_values,
             )
 
     @contextmanager
