@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from decoder_families import FAMILIES, VOCAB, make_family
+from decoder_families import FAMILIES, PADS_RIGHT, VOCAB, make_family
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,7 +13,6 @@ from etude.models.loading import lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 
 LENGTHS = (5, 14, 3, 9)
-PADS_RIGHT = {"rwkv", "recurrent_gemma"}  # their state runs through padding on the left, whatever the mask
 
 
 def family_model(family, **settings):

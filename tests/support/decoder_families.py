@@ -237,6 +237,8 @@ FAMILIES = {
     for name, family in families.items()
 }
 
+PADS_RIGHT = {"rwkv", "recurrent_gemma"}  # their state runs through padding on the left, whatever the mask
+
 
 def make_family(classes, configuration, dtype=torch.float64):
     torch.manual_seed(0)

@@ -194,7 +194,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
         ) from error
 
 
-def _beyond_lora(model: PreTrainedModel) -> list[str]:
+def _beyond_lora(model: nn.Module) -> list[str]:
     """Linear layers that an adapter can't stand in for.
 
     State-space layers (Mamba and its hybrids) hand these two layers' weights to a kernel, past an adapter;

@@ -337,7 +337,7 @@ def update_mode(policy: nn.Module) -> Iterator[None]:
     it until it computes.
     """
     policy.eval()
-    enabled = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False)]
+    enabled: list[Any] = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False)]
     layers: list[Any] = [m for m in enabled if isinstance(m, GradientCheckpointingLayer)]
     # In older modelling code it is not the layers but the model around them.
     before = [(module, module._gradient_checkpointing_func) for module in layers or enabled]
