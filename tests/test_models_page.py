@@ -1,7 +1,8 @@
 """The table in `docs/models.md` says what the library finds out about each family, and nothing else.
 
 That value head, reloading, LoRA, PPO and GRPO work is tested for each family in
-`models/test_decoder_families` and `trainers/test_families`, what the sampler does in `sampling/test_families`.
+`models/test_decoder_families` and `trainers/test_families`, and what the sampler does in
+`sampling/test_families`.
 """
 
 import re
