@@ -21,10 +21,18 @@ _EXPORTS = {
     "FunctionReward": "etude.rewards.function",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "IterativeSFTConfig": "etude.trainers.group_config",
+    "IterativeSFTTrainer": "etude.trainers.iterative_sft",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
+    "OverlongPenalty": "etude.rewards.overlong",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
+    "ReinforceConfig": "etude.trainers.group_config",
+    "ReinforcePlusPlusConfig": "etude.trainers.group_config",
+    "ReinforcePlusPlusTrainer": "etude.trainers.reinforce_plus_plus",
+    "ReinforceTrainer": "etude.trainers.reinforce",
+    "reward": "etude.rewards.function",
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
@@ -36,6 +44,7 @@ _EXPORTS = {
     "StopReason": "etude.types",
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
+    "ToolErrorPenalty": "etude.rewards.tool_errors",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -50,15 +59,24 @@ if TYPE_CHECKING:
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
+    from etude.rewards.function import reward as reward
+    from etude.rewards.overlong import OverlongPenalty as OverlongPenalty
+    from etude.rewards.tool_errors import ToolErrorPenalty as ToolErrorPenalty
     from etude.runtime.run import RunDirectory as RunDirectory
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler
     from etude.sampling.local import LocalSampler as LocalSampler
     from etude.trainers.group_config import GRPOConfig as GRPOConfig
+    from etude.trainers.group_config import IterativeSFTConfig as IterativeSFTConfig
+    from etude.trainers.group_config import ReinforceConfig as ReinforceConfig
+    from etude.trainers.group_config import ReinforcePlusPlusConfig as ReinforcePlusPlusConfig
     from etude.trainers.group_config import RLOOConfig as RLOOConfig
     from etude.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from etude.trainers.iterative_sft import IterativeSFTTrainer as IterativeSFTTrainer
     from etude.trainers.ppo import PPOTrainer as PPOTrainer
     from etude.trainers.ppo_config import PPOConfig as PPOConfig
+    from etude.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
+    from etude.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
     from etude.trainers.rloo import RLOOTrainer as RLOOTrainer
     from etude.trainers.sft import SFTTrainer as SFTTrainer
     from etude.trainers.sft_config import SFTConfig as SFTConfig

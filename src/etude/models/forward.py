@@ -26,7 +26,7 @@ class PolicyOutput(NamedTuple):
 
     Attributes:
         logprobs: of the tokens sampled there, [M] float32, with gradient.
-        entropies: of the next-token distributions, [M], without gradient.
+        entropies: of the next-token distributions, [M], with gradient if asked for.
         values: of the states [M], or None for a model without value head.
         last_values: of the last states [K], or None.
         logits: [M, V] if asked for.
@@ -66,6 +66,7 @@ class PolicyForward(nn.Module):
         last_states: Tensor,
         temperature: float = 1.0,
         keep_logits: bool = False,
+        entropy_gradient: bool = False,
     ) -> PolicyOutput:
         """See `data.batch.PackedBatch` for the arguments."""
         head = None if keep_logits else self.head
@@ -73,7 +74,7 @@ class PolicyForward(nn.Module):
         outputs, values = run(head, input_ids, lengths, torch.cat([states, last_states]))
         outputs, count = outputs[: len(states)], len(states)
         score = token_scores if head is None else head
-        logprobs, entropies = score(outputs, targets, temperature)
+        logprobs, entropies = score(outputs, targets, temperature, entropy_gradient)
         return PolicyOutput(
             logprobs=logprobs,
             entropies=entropies,
