@@ -137,7 +137,7 @@ def test_without_a_value_head(tokenizer, make_llama):
 
 
 def test_activation_checkpointing_changes_nothing(tokenizer, make_llama):
-    from etude.trainers.learner import training_mode
+    from etude.trainers.learner import update_mode
 
     model = AutoModelForCausalLMWithValueHead(make_llama(dtype=torch.float64, attention_dropout=0.3))
     forward = PolicyForward(model)
@@ -146,10 +146,10 @@ def test_activation_checkpointing_changes_nothing(tokenizer, make_llama):
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
-        training_mode(forward)
         model.zero_grad()
-        output = forward(batch.input_ids, batch.lengths, batch.states, batch.targets, batch.last_states)
-        (output.logprobs.sum() + output.values.sum()).backward()
+        with update_mode(forward):
+            output = forward(batch.input_ids, batch.lengths, batch.states, batch.targets, batch.last_states)
+            (output.logprobs.sum() + output.values.sum()).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1])
 

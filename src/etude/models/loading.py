@@ -188,7 +188,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     """Put a fresh adapter on a model and freeze the rest; `peft_config` itself stays as it is.
 
     Raises:
-        ModelError: the model carries adapters already, or `peft_config` is not a PEFT configuration.
+        ModelError: the model carries adapters already, `peft_config` is not a PEFT configuration, or peft
+            can't put it on this model (a family whose layers it doesn't know by name, say).
     """
     if not isinstance(peft_config, PeftConfig):
         raise ModelError(
@@ -203,8 +204,31 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     peft_config = copy.deepcopy(peft_config)  # peft writes the base model's name and its targets into it
     if isinstance(peft_config, LoraConfig) and any(isinstance(module, Conv1D) for module in model.modules()):
         peft_config.fan_in_fan_out = True  # GPT-2 stores its weights transposed; peft would warn and set this
-    with current_peft():
-        return get_peft_model(model, peft_config)
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules == "all-linear":
+        peft_config.exclude_modules = peft_config.exclude_modules or _beyond_lora(model) or None
+    try:
+        with current_peft():
+            return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(
+            f"peft can't put this adapter on {type(model).__name__}: {str(error).rstrip('.')}. For LoRA on "
+            "every linear layer, give target_modules='all-linear'; else name some of model.named_modules()"
+        ) from error
+
+
+def _beyond_lora(model: nn.Module) -> list[str]:
+    """Linear layers that an adapter can't stand in for.
+
+    State-space layers (Mamba and its hybrids) hand these two layers' weights to a kernel, past an adapter;
+    and some routers (Llama 4's) are linear layers whose forward gives more than a product.
+    """
+    spared = []
+    for name, module in model.named_modules():
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            spared += [f"{name}.{layer}" for layer in ("dt_proj", "out_proj") if hasattr(module, layer)]
+        elif isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
+            spared.append(name)
+    return spared
 
 
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
@@ -367,9 +391,17 @@ def explained(what: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def current_peft() -> Iterator[None]:
-    """Silence peft's use of an attribute that transformers has renamed: nothing a user could act on."""
+    """Silence what no user could act on.
+
+    Peft uses an attribute that transformers has renamed; and it misses modules for the ranks that it sets
+    for experts, which are parameters, and get their adapters.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        for pattern in ("rank", "alpha"):
+            warnings.filterwarnings(
+                "ignore", f"The following {pattern}_pattern keys.*gate_up_proj", RuntimeWarning
+            )
         yield
 
 

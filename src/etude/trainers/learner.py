@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from etude.data.batch import PackedBatch, Trajectory
 from etude.data.families import into_passes
@@ -105,7 +106,7 @@ class Learner:
                 entropies,
                 pending=True,
             )
-        evaluation_mode(self.policy)
+        self.policy.eval()
         passes = self._passes(trajectories, range(len(trajectories)))
         parts = [self._observe([trajectories[i] for i in indices]) for indices in passes]
         longest = max(part.mask.shape[1] for part in parts)
@@ -165,18 +166,17 @@ class Learner:
         step_size = self.mini_batch_size * self.accumulation
         if self.global_count(experience.mask.sum()) == 0:
             return log
-        training_mode(self.policy)
         for _ in range(self.epochs):
             epoch = UpdateLog()
             shuffled = torch.randperm(len(experience.trajectories), generator=order).tolist()
-            for start in range(0, len(shuffled), step_size):
-                self._optimizer_step(experience, shuffled[start : start + step_size], loss, epoch)
+            with update_mode(self.policy):
+                for start in range(0, len(shuffled), step_size):
+                    self._optimizer_step(experience, shuffled[start : start + step_size], loss, epoch)
             log.numbers += epoch.numbers
             log.weights += epoch.weights
             log.gradient_norms += epoch.gradient_norms
             if enough(epoch):
                 break
-        evaluation_mode(self.policy)
         return log
 
     def _optimizer_step(
@@ -280,20 +280,39 @@ class Learner:
         return self.accelerator.reduce(count.to(self.accelerator.device, torch.float32), "sum")
 
 
-def evaluation_mode(policy: nn.Module) -> None:
-    if policy.training:
-        policy.eval()
+@contextmanager
+def update_mode(policy: nn.Module) -> Iterator[None]:
+    """Inside, `policy` computes as it did when it was observed, with activation checkpointing where enabled.
 
-
-def training_mode(policy: nn.Module) -> None:
-    """Training mode, which activation checkpointing looks at, with dropout off.
-
-    Dropout would make the first ratio of a batch differ from 1: the update would answer noise.
+    That is evaluation mode: dropout, a router's jitter or a skipped layer would make the first ratio of a
+    batch differ from 1, and the update would answer noise. What checkpoints asks for training mode, and gets
+    it until it computes.
     """
-    policy.train()
-    for module in policy.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
+    policy.eval()
+    enabled: list[Any] = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False)]
+    layers: list[Any] = [m for m in enabled if isinstance(m, GradientCheckpointingLayer)]
+    # In older modelling code it is not the layers but the model around them.
+    before = [(module, module._gradient_checkpointing_func) for module in layers or enabled]
+    for module, function in before:
+        module.training = True
+        module._gradient_checkpointing_func = partial(_checkpointed, module, function)
+    try:
+        yield
+    finally:
+        for module, function in before:
+            module.training = False
+            module._gradient_checkpointing_func = function
+
+
+def _checkpointed(module: nn.Module, checkpoint: Callable[..., Any], forward: Any, *args: Any) -> Any:
+    def in_evaluation_mode(*args: Any) -> Any:
+        module.training = False
+        try:
+            return forward(*args)
+        finally:
+            module.training = True
+
+    return checkpoint(in_evaluation_mode, *args)
 
 
 def _widened(rows_BN: Tensor, width: int) -> Tensor:
