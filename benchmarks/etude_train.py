@@ -22,7 +22,8 @@ from etude.data.batch import Trajectory
 from etude.models.forward import PolicyForward
 from etude.models.head import CHUNK_BYTES
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.trainers.learner import Learner, Minibatch
+from etude.trainers.experience import Minibatch
+from etude.trainers.learner import Learner
 
 # As small as a model with such a vocabulary may be: it is the logits that are measured.
 WIDE_VOCABULARY = LlamaConfig(

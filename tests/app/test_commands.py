@@ -93,6 +93,22 @@ def test_ppo_trains_as_the_file_and_the_command_line_say(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_rewards_with_arguments(workplace: Path) -> None:
+    rewards = ["rewards.py:share_of_digits", "etude:OverlongPenalty(9, cache_length=4, weight=0.5)"]
+    rewards += ["etude:ToolErrorPenalty(weight=0.25)"]
+    short = ["--generation.max_new_tokens=8", "--steps=4", "--eval_steps=0"]
+    assert main(["ppo", "--config=ppo.yaml", *short, "--reward", *rewards]) == 0
+    run = RunDirectory("runs/ppo")
+    names = {"share_of_digits", "overlong", "tool_errors"}
+    assert {f"rewards/{name}" for name in names} <= run.read_metrics()[0].keys()
+    for episode in run.read_episodes(split="train"):
+        totals = episode.reward_totals
+        assert totals.keys() == names
+        excess = max(sum(episode.sampled) - 5, 0)
+        assert totals["overlong"].value == -min(excess / 4, 1.0)
+        assert (totals["overlong"].weight, totals["tool_errors"].weight) == (0.5, 0.25)
+
+
 def test_ppo_goes_on_from_where_it_was(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["ppo", "--config=ppo.yaml", "--generation.max_new_tokens=8", "--eval_steps=0", "--save_steps=1"]
     assert main([*short, "--output_dir=runs/whole"]) == 0

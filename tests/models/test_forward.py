@@ -72,6 +72,36 @@ def test_equals_sequences_one_by_one(family, lengths, temperature, tokenizer, ma
 
 
 @pytest.mark.parametrize("lengths", [(9, 10, 11, 10), (2, 31, 5, 14)])
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_gradients_of_entropies_equal_sequences_one_by_one(family, lengths, tokenizer, make_llama):
+    model = make_llama(dtype=torch.float64) if family == "llama" else make_gptj(tokenizer)
+    batch_of = trajectories(lengths, len(tokenizer))
+    for t in batch_of:
+        logprobs = (model(t.token_ids[None]).logits[0, t.sampled - 1] / 0.8).log_softmax(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        (entropies**2).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    batch = PackedBatch.of(batch_of)
+    for chunk_bytes in (2**30, 4 * len(tokenizer) * 3):
+        model.zero_grad()
+        forward = PolicyForward(model, chunk_bytes)
+        assert forward.packs == (family == "llama")
+        output = forward(
+            batch.input_ids,
+            batch.lengths,
+            batch.states,
+            batch.targets,
+            batch.last_states,
+            temperature=0.8,
+            entropy_gradient=True,
+        )
+        (output.entropies**2).sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        exact = {"rtol": 1e-10, "atol": 1e-12} if family == "llama" else {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(found, expected, **exact)  # GPT-J's attention is in single precision
+
+
+@pytest.mark.parametrize("lengths", [(9, 10, 11, 10), (2, 31, 5, 14)])
 def test_gradients_equal_sequences_one_by_one(lengths, tokenizer, make_llama):
     model = AutoModelForCausalLMWithValueHead(make_llama(dtype=torch.float64))
     batch_of = trajectories(lengths, len(tokenizer))

@@ -28,7 +28,7 @@ class PolicyOutput(NamedTuple):
 
     Attributes:
         logprobs: of the tokens sampled there, [M] float32, with gradient.
-        entropies: of the next-token distributions, [M], without gradient.
+        entropies: of the next-token distributions, [M], with gradient if asked for.
         values: of the states [M], or None for a model without value head.
         last_values: of the last states [K], or None.
         logits: [M, V] if asked for.
@@ -73,6 +73,7 @@ class PolicyForward(nn.Module):
         last_states: Tensor,
         temperature: float = 1.0,
         keep_logits: bool = False,
+        entropy_gradient: bool = False,
         with_values: bool = True,
     ) -> PolicyOutput:
         """See `data.batch.PackedBatch` for the arguments; without `with_values` no value model is asked."""
@@ -84,7 +85,7 @@ class PolicyForward(nn.Module):
             values = self._values_apart(self.value_model, input_ids, lengths, wanted)
         outputs, count = outputs[: len(states)], len(states)
         score = token_scores if head is None else head
-        logprobs, entropies = score(outputs, targets, temperature)
+        logprobs, entropies = score(outputs, targets, temperature, entropy_gradient)
         return PolicyOutput(
             logprobs=logprobs,
             entropies=entropies,

@@ -96,6 +96,10 @@ class OnlineTrainer(ABC):
         """How often `train` plays and learns, iterations before a resumption counted."""
 
     @abstractmethod
+    def describe_batches(self) -> str:
+        """One line: what an iteration plays, and how it is gone through."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What `learn` carries from one iteration to the next, beside weights and optimizer."""
 
@@ -123,6 +127,7 @@ class OnlineTrainer(ABC):
             title=Path(run.path).name,
             enabled=self.accelerator.is_main_process and not self.config.disable_progress,
         )
+        display.message(self.describe_batches())
         display.message(self.sampler.describe())
         if self.accelerator.is_main_process:
             run.update_summary({"sampler": self.sampler.describe().removeprefix("sampler: ")})
@@ -149,16 +154,12 @@ class OnlineTrainer(ABC):
         """Play a batch of tasks and learn from it."""
         config, started = self.config, time.monotonic()
         step = self.current_step
-        first = self.accelerator.process_index * config.batch_size
-        indices = range(first, first + config.batch_size)
-        tasks = [self._task(step, i) for i in indices]
-        seeds = [mix(config.seed, _EPISODES, step, i) for i in indices]
-        episodes = self.play(tasks, seeds)
+        episodes, batch = self.collect(step)
         played = time.monotonic()
         # Validation and checkpoint belong to the iteration: a run resumed after Ctrl-C has them too.
         with interrupt_after():
             self._updating = True
-            stats = self.learn([Trajectory.of_episode(episode) for episode in episodes])
+            stats = self.learn([self.trajectory(episode) for episode in batch])
             self.sampler.weights_changed()  # an 8-bit optimizer's writes aren't noticed
             self.current_step = step + 1
             self._updating = False
@@ -178,6 +179,19 @@ class OnlineTrainer(ABC):
                 self._validate(run, display)
             if config.save_steps and self.current_step % config.save_steps == 0:
                 self._save_checkpoint(run)
+
+    def collect(self, step: int) -> tuple[list[Episode], list[Episode]]:
+        """Play an iteration's tasks: all episodes that were played, and those to learn from."""
+        first = self.accelerator.process_index * self.config.batch_size
+        indices = range(first, first + self.config.batch_size)
+        tasks = [self._task(step, i) for i in indices]
+        seeds = [mix(self.config.seed, _EPISODES, step, i) for i in indices]
+        episodes = self.play(tasks, seeds)
+        return episodes, episodes
+
+    def trajectory(self, episode: Episode) -> Trajectory:
+        """An episode as it is learned from, by what its reason to stop means."""
+        return Trajectory.of_episode(episode, self.config.policy_table)
 
     def play(self, tasks: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
         """Play one episode per task with the present weights."""

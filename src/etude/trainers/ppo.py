@@ -35,7 +35,7 @@ from etude.trainers.clock import Clock
 from etude.trainers.columns import used_columns
 from etude.trainers.credit import Credit, gae_credit
 from etude.trainers.critic import check_vocabulary, critic_of, optimizer_of, without_own_head
-from etude.trainers.learner import Minibatch, UpdateLog
+from etude.trainers.experience import Minibatch, UpdateLog
 from etude.trainers.policy import PolicyTrainer
 from etude.trainers.ppo_config import PPOConfig
 from etude.trainers.ppo_stats import minibatch_stats, step_stats, without_reference
@@ -145,7 +145,7 @@ class PPOTrainer(PolicyTrainer):
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """Observe the batch, give each token its credit, and go through it `ppo_epochs` times."""
         config, clock = self.config, Clock()
-        scores_B = self._scaled([trajectory.score for trajectory in trajectories])
+        scores_B, score_scale = self._scaled([trajectory.score for trajectory in trajectories])
         clock.lap("compute_rewards")
         experience = self.learner.observe(trajectories)
         clock.lap("forward_pass")
@@ -153,12 +153,14 @@ class PPOTrainer(PolicyTrainer):
         credit = gae_credit(
             experience,
             scores_B,
+            score_scale=score_scale,
             kl_coef=kl_coef,
             gamma=config.gamma,
             lam=config.lam,
             whiten_rewards=config.whiten_rewards,
             accelerator=self.accelerator,
         )
+        credit.advantages, gap = self.corrected(credit.advantages, experience)
         clock.lap("compute_advantages")
         log = self.learner.update(
             experience, lambda minibatch: self.loss(minibatch, credit), self._shuffles(), self._moved_too_far
@@ -167,7 +169,7 @@ class PPOTrainer(PolicyTrainer):
         if not log.numbers:
             warnings.warn("nothing was sampled in this batch, so there was nothing to learn", stacklevel=2)
             return {"ppo/mean_scores": scores_B.mean().item()}
-        stats = step_stats(experience, credit, scores_B, log, kl_coef)
+        stats = step_stats(experience, credit, scores_B, log, kl_coef) | gap
         stats["loss"] = stats["ppo/loss/total"]
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if self.learner.uses_reference:
@@ -194,7 +196,7 @@ class PPOTrainer(PolicyTrainer):
         )
         policy_loss = aggregate(policy, mask, mode="token", denominator=minibatch.denominator)
         value_loss = aggregate(value, mask, mode="token", denominator=minibatch.denominator)
-        loss = policy_loss + config.vf_coef * value_loss
+        loss = policy_loss + config.vf_coef * value_loss - self.entropy_bonus(minibatch)
         if not mask.any():
             return loss, {}
         mean_ratio = ratio[mask].mean()
@@ -211,7 +213,7 @@ class PPOTrainer(PolicyTrainer):
             policy_loss=policy_loss.detach() * share,
             value_loss=value_loss.detach() * share,
             total_loss=loss.detach() * share,
-            entropies=minibatch.entropies,
+            entropies=minibatch.entropies.detach(),
             logprobs=minibatch.logprobs.detach(),
             old_logprobs=observed.logprobs,
             ratio=ratio,
@@ -231,9 +233,9 @@ class PPOTrainer(PolicyTrainer):
         moved = self.accelerator.reduce(epoch.mean("policy/policykl"), "mean")
         return bool(moved > 1.5 * self.config.target_kl)
 
-    def _scaled(self, scores: list[float]) -> Tensor:
-        """Scores [B] after scaling, normalisation and clipping."""
-        config = self.config
+    def _scaled(self, scores: list[float]) -> tuple[Tensor, float]:
+        """Scores [B] after scaling, normalisation and clipping; and what they were divided by."""
+        config, scale = self.config, 1.0
         scores_B = torch.tensor(scores, dtype=torch.float32, device=self.current_device)
         if config.use_score_scaling:
             self.running.update(self.accelerator.gather(scores_B))
@@ -241,7 +243,7 @@ class PPOTrainer(PolicyTrainer):
             scores_B = (scores_B - self.running.mean if config.use_score_norm else scores_B) / scale
         if config.score_clip is not None:
             scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
-        return scores_B
+        return scores_B, scale
 
     # TRL 0.7.4's surface.
 

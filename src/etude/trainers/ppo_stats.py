@@ -12,7 +12,7 @@ from torch import Tensor
 
 from etude.math.masked import masked_mean, masked_var
 from etude.trainers.credit import Credit
-from etude.trainers.learner import Experience, UpdateLog
+from etude.trainers.experience import Experience, UpdateLog
 
 # Means over mini-batches of what the loss reports.
 _MEANS = (
@@ -72,7 +72,6 @@ def step_stats(
             "min_length and forced tokens are off",
             stacklevel=3,
         )
-    stats.update(experience.sampler_gap())
     return stats
 
 
