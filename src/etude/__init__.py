@@ -45,8 +45,8 @@ _EXPORTS = {
     "StopReason": "etude.types",
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
-    "ValueModel": "etude.models.value_model",
     "ToolErrorPenalty": "etude.rewards.tool_errors",
+    "ValueModel": "etude.models.value_model",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
