@@ -8,6 +8,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -127,6 +129,15 @@ def test_saved_and_read_again(family, adapted, make, tmp_path):
     value_model.load_weights(tmp_path / "saved")
     torch.testing.assert_close(values(value_model), expected, atol=0, rtol=0)
     assert [parameter.data_ptr() for parameter in value_model.parameters()] == tensors, "in place"
+
+
+def test_a_trunk_whose_states_are_narrower_than_its_layers():
+    """OPT-350m projects them down; embeddings have their width, too."""
+    sizes = {"vocab_size": 40, "hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48}
+    depth = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    value_model = ValueModel(OPTForCausalLM(OPTConfig(**sizes, **depth, init_std=0.2)).eval())
+    assert value_model.v_head.summary.in_features == 16
+    assert values(value_model).shape == (2, 5)
 
 
 def test_precision(make, make_reward_model):

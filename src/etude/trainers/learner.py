@@ -121,17 +121,18 @@ class Learner:
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> Experience:
         batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
-        full = self.kl_kind == "full"
+        full = self.uses_reference and self.kl_kind == "full"
         output = self._forward(self.policy, batch, keep_logits=full)
         expected = output
         if self.uses_reference:
             with self._as_reference() as reference:
                 expected = self._forward(reference, batch, keep_logits=full, with_values=False)
+        kl = torch.zeros_like(output.logprobs)
         if full:
             assert output.logits is not None
             assert expected.logits is not None
             kl = kl_full(output.logits, expected.logits, self.temperature)
-        else:
+        elif self.uses_reference:
             kl = kl_estimate(output.logprobs, expected.logprobs, self.kl_kind)  # type: ignore[arg-type]
         last_values = torch.zeros(len(trajectories), device=batch.mask.device)
         if output.last_values is not None:
