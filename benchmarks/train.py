@@ -15,6 +15,7 @@ from statistics import median
 
 from benchmarks import common
 from benchmarks.common import Json, Options, Row, Side, SideError
+from benchmarks.update import packed_bound, shared_prefix
 
 # glibc's own: what the other benchmarks set keeps freed memory for ever, and would be measured instead.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -51,7 +52,11 @@ def our_side(name: str, arguments: Sequence[str]) -> Side:
     return Side(name, Path(sys.executable), "benchmarks.etude_train", *arguments, environment=ALLOCATOR)
 
 
-ROWS: dict[str, Row] = {"update_memory_full": update_memory}
+ROWS: dict[str, Row] = {
+    "update_memory_full": update_memory,
+    "shared_prefix": shared_prefix,
+    "packed_bound": packed_bound,
+}
 
 if __name__ == "__main__":
     common.main("python -m benchmarks.train", __doc__, ROWS)

@@ -128,24 +128,35 @@ def _attend_branches(
     q: Tensor, k: Tensor, v: Tensor, branches: Branches, scores: Scores, window: int | None
 ) -> Tensor:
     """What goes on from one prefix. Of the whole step [H, T, d]; [H, n, d] for their n tokens."""
-    cells, own, past = branches.rectangle, branches.tokens, branches.past
-    q = q[:, own]
-    if cells is None or not scores.plain or (window and window < past + cells.width):
-        first = max(0, past + 1 - window) if window else 0  # of the prefix, as far as anyone looks back
-        seen = slice(branches.prefix.start + first, branches.prefix.stop)
-        parts = [
-            _attend(each, *(torch.cat([t[:, seen], t[:, at]], dim=1) for t in (k, v)), scores, window)
-            for each, at in zip(q.split(branches.lengths, dim=1), branches.places, strict=True)
-        ]
-        return torch.cat(parts, dim=1)
-    keys, values = (
-        torch.cat([t[:, branches.prefix].expand(cells.rows, -1, -1, -1), cells.rows_of(t[:, own])], dim=2)
-        for t in (k, v)
-    )
-    stacked = cells.rows_of(q).unflatten(1, (len(k), -1)).flatten(2, 3)  # as in _attend
-    mask = _looks_back(cells.width, past + cells.width, None, q.device).repeat(len(q) // len(k), 1)
-    out = _grouped(stacked, keys, values, mask, scores)
-    return cells.flat_of(out.unflatten(2, (-1, cells.width)).flatten(1, 2))
+    cells, prefix, past, longest = branches.rectangle, branches.prefix, branches.past, max(branches.lengths)
+    fused = scores.plain and not (window and window < past + longest)
+    # A causal kernel skips what a mask only hides: behind a short prefix that is worth asking its queries again.
+    again = fused and 2 * past < longest
+    if fused and cells is not None:
+
+        def rows_of(flat: Tensor) -> Tensor:
+            shared = flat[:, prefix].expand(cells.rows, -1, -1, -1)
+            return torch.cat([shared, cells.rows_of(flat[:, branches.tokens])], dim=2)
+
+        if again:
+            gqa = q.shape[0] != k.shape[0]
+            q, k, v = rows_of(q), rows_of(k), rows_of(v)
+            out = scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
+            return cells.flat_of(out[:, :, past:])
+        groups = q.shape[0] // k.shape[0]
+        stacked = (
+            cells.rows_of(q[:, branches.tokens]).unflatten(1, (-1, groups)).flatten(2, 3)
+        )  # as in _attend
+        mask = _looks_back(cells.width, past + cells.width, None, q.device).repeat(groups, 1)
+        out = _grouped(stacked, rows_of(k), rows_of(v), mask, scores)
+        return cells.flat_of(out.unflatten(2, (groups, -1)).flatten(1, 2))
+    seen = slice(prefix.start + max(0, past + 1 - window) if window else prefix.start, prefix.stop)
+    parts = []
+    for own in branches.places:
+        queries, keys, values = (torch.cat([t[:, seen], t[:, own]], dim=1) for t in (q, k, v))
+        out = _attend(queries if again else q[:, own], keys, values, scores, window)
+        parts.append(out[:, own.start - own.stop :])
+    return torch.cat(parts, dim=1)
 
 
 def _attend_to_cache(
