@@ -1,4 +1,4 @@
-"""Our side of the GRPO benchmarks, in a worker process: a whole step with tools, or the memory of updates."""
+"""Our side of the GRPO benchmarks, in a worker process: a step with tools, or the memory of updates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
     episodes = load_script(Path(request["script"])).episodes
     environment = TextEnvironment(
         tokenizer=tokenizer,
-        tools=[Echo(0)],
+        tools=[Echo(request["tool_ms"])],
         reward_fn=lambda segments: [float(len(segment)) for segment in segments],
         max_turns=request["turns"],
         max_tool_response=MAX_TOOL_RESPONSE,

@@ -189,10 +189,10 @@ class ForcedTokens:
     """A logits processor that leaves each row the next token of its script.
 
     A row is recognised by its task's first token and the first token it sampled, and its place in the script
-    is its length; padding, left or right, counts for neither. A row that has sampled nothing gets the next script of its
-    task that nobody plays yet: each is handed out once. Where a batch goes on after a row's turn has ended,
-    that row runs on along its script, and past the script's end repeats its last token: the caller cuts
-    these tokens off.
+    is its length; padding, left or right, counts for neither. A row that has sampled nothing gets the next
+    script of its task that nobody plays yet: each is handed out once. Where a batch goes on after a row's
+    turn has ended, that row runs on along its script, and past the script's end repeats its last token: the
+    caller cuts these tokens off, or writes padding over them.
 
     One row alone is never padded, and is served without counting: a library that asks row by row shouldn't
     be timed for that.

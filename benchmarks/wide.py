@@ -1,4 +1,4 @@
-"""What the memory benchmarks learn from: a small Llama with a vocabulary of 150,000, and a batch of random tokens.
+"""What the memory benchmarks learn from: a Llama with a vocabulary of 150,000, and a batch of random tokens.
 
 Runs under every side's interpreter.
 """

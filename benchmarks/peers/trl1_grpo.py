@@ -1,6 +1,6 @@
-"""TRL 1.16's side of the GRPO benchmarks, in a worker process: a whole step with tools, or the memory of updates.
+"""TRL 1.16's side of the GRPO benchmarks, in a worker process: a step with tools, or the memory of updates.
 
-Both let `GRPOTrainer.train()` do one step or a few, and time what lies between a step's beginning and its end.
+Both let `GRPOTrainer.train()` do its steps, and time what lies between a step's beginning and its end.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def step(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
     processors = LogitsProcessorList([ForcedTokens(episodes, tokenizer.pad_token_id)])
     model.generate = partial(type(model).generate, model, logits_processor=processors)
     tasks = list(dict.fromkeys(episode.task for episode in episodes))
-    echo = Echo(0)
+    echo = Echo(request["tool_ms"])
 
     def Echo_(query: str) -> str:
         """Say a word back.
