@@ -42,11 +42,9 @@ EVALUATION_SEED = 4242
 
 
 def make_start(request: dict[str, Any]) -> dict[str, Any]:
-    folder, seed = Path(request["folder"]), request["seed"]
-    {"calculator": start_calculator, "reviews": start_reviews}[request["task"]](
-        folder, seed, request["steps"]
-    )
-    return {"seconds": 0.0}
+    make = {"calculator": start_calculator, "reviews": start_reviews}[request["task"]]
+    make(Path(request["folder"]), request["seed"])
+    return {}
 
 
 def start_calculator(folder: Path, seed: int) -> None:

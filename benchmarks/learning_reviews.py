@@ -91,7 +91,7 @@ OPENINGS = ["overall", "honestly", "frankly", "still", "sadly", "luckily"]
 WORDS = [*ASPECTS, *VERBS, *ADVERBS, *GOOD, *BAD, *LIKED, *DISLIKED, *JOINTS, *OPENINGS, "the", "i", "."]
 
 SHARE_OF_GOOD = 0.3  # of a review's judgements
-SIZES = {"reviews": 12_000, "prompts": 4_000, "held_out": 256}
+SIZES = {"reviews": 12_000, "prompts": 4_000, "held_out": 500}
 MAX_NEW_TOKENS = 24
 
 # Reviews.
