@@ -120,6 +120,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
             trainer = watched(RLOOTrainer, watch)(model, RLOOConfig(**settings), **run)
         case other:
             raise ValueError(f"no algorithm {other!r}")
+    assert trainer.train_rows  # loaded now, as the peers' are
     watch.start()
     try:
         trainer.train()

@@ -55,7 +55,6 @@ class Pair:
     well_formed: str
 
 
-# Each value the better of a few for both sides alike; see the README for which.
 PAIRS = {
     "calculator_ppo": Pair(
         task="calculator",
@@ -255,7 +254,14 @@ def summarise(name: str, pair: Pair, results: Sequence[Json]) -> Json:
     for seed, result in enumerate(results):
         print(f"  seed {seed}  " + "   ".join(cells(side, result[side]) for side in sides))
     for side in sides:
-        print(f"  {side:<8} {mean(finals[side]):.3f} ± {spread(finals[side]):.3f}")
+        course = mean(measured["reward"] for result in results for measured in result[side]["marks"].values())
+        print(
+            f"  {side:<8} {mean(finals[side]):.3f} ± {spread(finals[side]):.3f} at the end, "
+            f"{course:.3f} on average over the run"
+        )
+    ahead = [ours - theirs for ours, theirs in zip(*finals.values(), strict=True)]
+    error = spread(ahead) / math.sqrt(len(ahead))
+    print(f"  difference at the end {mean(ahead):+.3f} ± {error:.3f} (standard error)")
     collapsed = {
         side: [n for n, r in enumerate(results) if final(r[side]) < first(r[side])] for side in sides
     }

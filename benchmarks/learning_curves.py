@@ -39,7 +39,7 @@ def panel(name: str, seeds: Sequence[Json], left: float) -> str:
     curves = {side: [points(result[side]) for result in seeds] for side in seeds[0]}
     every = [point for lines in curves.values() for line in lines for point in line]
     end = max(seconds for seconds, _ in every)
-    low = 0.1 * int(10 * min(reward for _, reward in every))
+    low = 0.2 * int(5 * min(reward for _, reward in every))
 
     def place(point: tuple[float, float]) -> str:
         seconds, reward = point
