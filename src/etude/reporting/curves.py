@@ -66,7 +66,8 @@ class Chart:
         multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
         # A tick on the very edge may come to lie beyond it by rounding.
         return [
-            (min(max(self._y(multiple * step), 0.0), 100.0), number(multiple * step)) for multiple in multiples
+            (min(max(self._y(multiple * step), 0.0), 100.0), number(multiple * step))
+            for multiple in multiples
         ]
 
     @property
