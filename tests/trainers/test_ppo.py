@@ -437,8 +437,8 @@ def test_a_skipped_mini_batch_changes_nothing_even_where_the_ratio_overflowed(tr
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     observe = trainer.learner.observe
 
-    def long_ago(trajectories):
-        experience = observe(trajectories)
+    def long_ago(*args):
+        experience = observe(*args)
         experience.logprobs = experience.logprobs - 200.0  # e^200 is inf in float32
         return experience
 

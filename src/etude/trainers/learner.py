@@ -83,10 +83,18 @@ class Learner:
         self.share_prefixes = share_prefixes and unwrapped.packs
 
     @torch.no_grad()
-    def observe(self, trajectories: Sequence[Trajectory], *, postpone: bool = False) -> Experience:
+    def observe(
+        self,
+        trajectories: Sequence[Trajectory],
+        order: torch.Generator | None = None,
+        *,
+        postpone: bool = False,
+    ) -> Experience:
         """Score trajectories under the present weights and the reference.
 
         Args:
+            order: what `update` will shuffle by. The passes are then those of its first epoch: rounding
+                depends on who shares a pass, and in bfloat16 that can move a ratio of 1 by several percent.
             postpone: leave it to the update, which computes the same. Only right where weights change once
                 all rows have been passed, and nothing before that needs to know. There is no KL then.
         """
@@ -107,17 +115,25 @@ class Learner:
                 pending=True,
             )
         self.policy.eval()
-        passes = self._passes(trajectories, range(len(trajectories)))
+        rows = None if order is None else self._shuffled(trajectories, order)
+        steps = self._steps(rows or list(range(len(trajectories))))
+        telling = [[i for i in step if len(trajectories[i].sampled)] for step in steps]
+        passes = [rows for step in telling for rows in self._passes(trajectories, step)] or [[0]]
         parts = [self._observe([trajectories[i] for i in indices]) for indices in passes]
+        place = torch.tensor([i for indices in passes for i in indices], device=parts[0].mask.device)
         longest = max(part.mask.shape[1] for part in parts)
-        given = torch.tensor([i for indices in passes for i in indices]).argsort().to(parts[0].mask.device)
+
+        def in_place(pieces: list[Tensor]) -> Tensor:
+            """Each row at its trajectory's index; 0 where no token was sampled, which wasn't computed."""
+            merged = torch.cat(pieces)
+            return merged.new_zeros(len(trajectories), *merged.shape[1:]).index_copy(0, place, merged)
+
         per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl", "entropies")
         merged: dict[str, Any] = {
-            name: torch.cat([_widened(getattr(part, name), longest) for part in parts])[given]
-            for name in per_token
+            name: in_place([_widened(getattr(part, name), longest) for part in parts]) for name in per_token
         }
-        last_values = torch.cat([part.last_values for part in parts])[given]
-        return Experience(list(trajectories), **merged, last_values=last_values)
+        last_values = in_place([part.last_values for part in parts])
+        return Experience(list(trajectories), **merged, last_values=last_values, order=rows)
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> Experience:
         batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
@@ -164,15 +180,15 @@ class Learner:
             enough: asked after each epoch, with that epoch's log; True leaves the batch.
         """
         log = UpdateLog()
-        step_size = self.mini_batch_size * self.accumulation
         if self.global_count(experience.mask.sum()) == 0:
             return log
+        first = experience.order
         for _ in range(self.epochs):
             epoch = UpdateLog()
-            shuffled = torch.randperm(len(experience.trajectories), generator=order).tolist()
+            shuffled, first = first or self._shuffled(experience.trajectories, order), None
             with update_mode(self.policy):
-                for start in range(0, len(shuffled), step_size):
-                    self._optimizer_step(experience, shuffled[start : start + step_size], loss, epoch)
+                for rows in self._steps(shuffled):
+                    self._optimizer_step(experience, rows, loss, epoch)
             log.numbers += epoch.numbers
             log.weights += epoch.weights
             log.gradient_norms += epoch.gradient_norms
@@ -206,6 +222,14 @@ class Learner:
                 log.gradient_norms.append(norm.detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _shuffled(self, trajectories: Sequence[Trajectory], order: torch.Generator) -> list[int]:
+        return torch.randperm(len(trajectories), generator=order).tolist()
+
+    def _steps(self, rows: list[int]) -> list[list[int]]:
+        """Rows of each optimizer step of an epoch."""
+        size = self.mini_batch_size * self.accumulation
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _passes(self, trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[list[int]]:
         """The trajectories at `indices` as the forward passes they take; those that begin alike together."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -338,14 +340,17 @@ class OnlineTrainer(ABC):
         return write_report(run.path) if self.accelerator.is_main_process else None
 
     def _average(self, metrics: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
-        """Weighted mean over processes; all of them have the same names."""
+        """Weighted mean over the processes that have a metric: one that sampled nothing lacks some."""
         if self.accelerator.num_processes == 1:
             return dict(metrics)
-        values = torch.tensor([*metrics.values(), 1.0], dtype=torch.float64) * weight
-        if self.accelerator.device.type == "mps":
-            values = values.float()
-        *sums, total = self.accelerator.reduce(values.to(self.accelerator.device), "sum").tolist()
-        return {name: value / total for name, value in zip(metrics, sums, strict=True)}
+        everyone = gather_object([(dict(metrics), weight)])
+        totals: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
+        for theirs, share in everyone:
+            for name, value in theirs.items():
+                totals[name] += value * share
+                weights[name] += share
+        return {name: total / weights[name] for name, total in totals.items()}
 
     # Tasks.
 

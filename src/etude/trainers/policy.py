@@ -43,6 +43,7 @@ from etude.trainers.online_config import OnlineConfig
 from etude.trainers.setup import (
     Policy,
     changed_settings,
+    check_precision,
     enable_gradient_checkpointing,
     flat_settings,
     make_accelerator,
@@ -118,6 +119,7 @@ class PolicyTrainer(OnlineTrainer):
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trainable:
             raise ModelError("no parameter of the model requires a gradient; load it with is_trainable=True")
+        check_precision(trainable, optimizer)
         optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate)
         self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
         policy, self.optimizer = self.accelerator.prepare(

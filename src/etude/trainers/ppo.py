@@ -40,7 +40,7 @@ from etude.trainers.policy import PolicyTrainer
 from etude.trainers.ppo_config import PPOConfig
 from etude.trainers.ppo_stats import minibatch_stats, step_stats, without_reference
 from etude.trainers.setup import empty_device_cache, with_value_head
-from etude.trainers.step_checks import check_step, finite_score
+from etude.trainers.step_checks import check_batch, check_step, finite_score
 
 
 class PPOTrainer(PolicyTrainer):
@@ -144,10 +144,11 @@ class PPOTrainer(PolicyTrainer):
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """Observe the batch, give each token its credit, and go through it `ppo_epochs` times."""
-        config, clock = self.config, Clock()
+        check_batch(trajectories)
+        config, clock, order = self.config, Clock(), self._shuffles()
         scores_B, score_scale = self._scaled([trajectory.score for trajectory in trajectories])
         clock.lap("compute_rewards")
-        experience = self.learner.observe(trajectories)
+        experience = self.learner.observe(trajectories, order)
         clock.lap("forward_pass")
         kl_coef = self.kl_ctl.value
         credit = gae_credit(
@@ -163,14 +164,17 @@ class PPOTrainer(PolicyTrainer):
         credit.advantages, gap = self.corrected(credit.advantages, experience)
         clock.lap("compute_advantages")
         log = self.learner.update(
-            experience, lambda minibatch: self.loss(minibatch, credit), self._shuffles(), self._moved_too_far
+            experience, lambda minibatch: self.loss(minibatch, credit), order, self._moved_too_far
         )
         clock.lap("optimize_step")
-        if not log.numbers:
+        if self.learner.global_count(experience.mask.sum()) == 0:
             warnings.warn("nothing was sampled in this batch, so there was nothing to learn", stacklevel=2)
             return {"ppo/mean_scores": scores_B.mean().item()}
-        stats = step_stats(experience, credit, scores_B, log, kl_coef) | gap
-        stats["loss"] = stats["ppo/loss/total"]
+        # Where only other processes sampled something, this one still takes part in what all of them do.
+        stats: dict[str, Any] = {"ppo/mean_scores": scores_B.mean().item(), "objective/kl": 0.0}
+        if experience.mask.any():
+            stats = step_stats(experience, credit, scores_B, log, kl_coef) | gap
+            stats["loss"] = stats["ppo/loss/total"]
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         if self.learner.uses_reference:
             stats["kl"] = stats["objective/kl"]
@@ -228,10 +232,13 @@ class PPOTrainer(PolicyTrainer):
         return loss, numbers
 
     def _moved_too_far(self, epoch: UpdateLog) -> bool:
-        if not self.config.early_stopping or not epoch.numbers:
+        """By the mean over all processes' tokens; one without any still takes part."""
+        if not self.config.early_stopping:
             return False
-        moved = self.accelerator.reduce(epoch.mean("policy/policykl"), "mean")
-        return bool(moved > 1.5 * self.config.target_kl)
+        tokens = sum(epoch.weights)
+        total = float(epoch.mean("policy/policykl")) * tokens if tokens else 0.0
+        sums = self.accelerator.reduce(torch.tensor([total, tokens], device=self.current_device), "sum")
+        return bool(sums[0] > 1.5 * self.config.target_kl * sums[1])
 
     def _scaled(self, scores: list[float]) -> tuple[Tensor, float]:
         """Scores [B] after scaling, normalisation and clipping; and what they were divided by."""

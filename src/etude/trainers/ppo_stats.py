@@ -78,7 +78,7 @@ def step_stats(
 def without_reference(stats: dict[str, Any]) -> dict[str, Any]:
     """NaN for what is measured to a reference: 0 would say that the policy hadn't moved from one."""
     unknown = ("objective/kl", "objective/kl_dist", "objective/kl_penalty", "objective/ref_logprobs")
-    return {name: stats[name] * math.nan for name in unknown}
+    return {name: stats[name] * math.nan for name in unknown if name in stats}
 
 
 def minibatch_stats(
