@@ -15,7 +15,7 @@ from etude.models.forward import PolicyForward
 from etude.models.head import ChunkedHead, Finish, _LinearHead, chunk_rows
 from etude.models.loading import add_adapter
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.trainers.learner import training_mode
+from etude.trainers.learner import update_mode
 
 VOCABULARY = 61
 ROWS = 4  # states per chunk, at most
@@ -200,8 +200,8 @@ def test_activation_checkpointing():
     forward = PolicyForward(model, CHUNK)
     expected = scored(forward, batch)[1]
     model.gradient_checkpointing_enable()
-    training_mode(forward)
-    torch.testing.assert_close(scored(forward, batch)[1], expected)
+    with update_mode(forward):
+        torch.testing.assert_close(scored(forward, batch)[1], expected)
 
 
 def test_distributed_data_parallel(monkeypatch):

@@ -31,6 +31,7 @@ from etude.trainers.experience import Experience, Minibatch, UpdateLog
 from etude.trainers.group_config import GroupConfig
 from etude.trainers.policy import PolicyTrainer
 from etude.trainers.setup import without_value_head
+from etude.trainers.step_checks import check_batch
 from etude.types import Episode
 
 _MORE = 6  # name of a random stream
@@ -148,8 +149,9 @@ class GroupTrainer(PolicyTrainer):
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """Observe the batch, give each token its advantage, and go through it `num_iterations` times."""
-        settled = [_settled(trajectory) for trajectory in trajectories]
-        experience = self.learner.observe(settled, postpone=self._learns_in_one_step)
+        check_batch(trajectories, self.plays)
+        settled, order = [_settled(trajectory) for trajectory in trajectories], self._shuffles()
+        experience = self.learner.observe(settled, order, postpone=self._learns_in_one_step)
         advantages_BN = self.spread(self._advantages(experience), experience)
         telling_B = gathered(advantages_BN.any(1), self.accelerator)
         stats = {"learning_rate": self.optimizer.param_groups[0]["lr"], **self._kl(experience)}
@@ -167,7 +169,7 @@ class GroupTrainer(PolicyTrainer):
         else:
             experience = self.chosen(experience, advantages_BN)
             log = self.learner.update(
-                experience, lambda minibatch: self._loss(minibatch, advantages_BN), self._shuffles()
+                experience, lambda minibatch: self._loss(minibatch, advantages_BN), order
             )
             stats |= _means(log)
             gap |= experience.sampler_gap()
