@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import common, trl1
 from benchmarks.common import Json, Options, Row, Side, SideError
+from benchmarks.update import packed_bound, shared_prefix
 from benchmarks.wide import ALLOCATOR
 
 SIDES: dict[str, Sequence[str]] = {"chunks": [], "whole": ["--whole"]}
@@ -39,6 +40,8 @@ def our_side(name: str, arguments: Sequence[str]) -> Side:
 
 ROWS: dict[str, Row] = {
     "update_memory_full": update_memory,
+    "shared_prefix": shared_prefix,
+    "packed_bound": packed_bound,
     **trl1.ROWS,
 }
 

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # name -> module that defines it. tests/test_exports.py holds this table against the modules.
 _EXPORTS = {
+    "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
     "BestOfNSampler": "etude.sampling.best_of_n",
     "ClassifierReward": "etude.rewards.classifier",
@@ -25,12 +26,14 @@ _EXPORTS = {
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
+    "OverlongPenalty": "etude.rewards.overlong",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
     "ReinforceConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusTrainer": "etude.trainers.reinforce_plus_plus",
     "ReinforceTrainer": "etude.trainers.reinforce",
+    "reward": "etude.rewards.function",
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
@@ -42,6 +45,8 @@ _EXPORTS = {
     "StopReason": "etude.types",
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
+    "ToolErrorPenalty": "etude.rewards.tool_errors",
+    "ValueModel": "etude.models.value_model",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -54,8 +59,13 @@ if TYPE_CHECKING:
     from etude.errors import EtudeError as EtudeError
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
+    from etude.models.value_model import ValueModel as ValueModel
+    from etude.rewards.adapter import AdapterReward as AdapterReward
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
+    from etude.rewards.function import reward as reward
+    from etude.rewards.overlong import OverlongPenalty as OverlongPenalty
+    from etude.rewards.tool_errors import ToolErrorPenalty as ToolErrorPenalty
     from etude.runtime.run import RunDirectory as RunDirectory
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler

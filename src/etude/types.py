@@ -272,6 +272,16 @@ class Episode:
         """Weighted sum of all rewards that apply."""
         return math.fsum(reward.weighted for reward in self.rewards)
 
+    @property
+    def reward_totals(self) -> dict[str, NamedReward]:
+        """By name, the sum of its values over the episode; None where none of them applies."""
+        totals: dict[str, NamedReward] = {}
+        for reward in self.rewards:
+            total = totals.setdefault(reward.name, NamedReward(reward.name, None, reward.weight))
+            if reward.value is not None:
+                total.value = reward.value + (total.value or 0.0)
+        return totals
+
     def spans(self) -> Iterator[tuple[int, int, Segment]]:
         """(first token, one past the last token, segment) for each segment."""
         start = 0

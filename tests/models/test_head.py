@@ -15,7 +15,7 @@ from etude.models.forward import PolicyForward
 from etude.models.head import ChunkedHead, Finish, _LinearHead, chunk_rows
 from etude.models.loading import add_adapter
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.trainers.learner import training_mode
+from etude.trainers.learner import update_mode
 
 VOCABULARY = 61
 ROWS = 4  # states per chunk, at most
@@ -178,14 +178,15 @@ def test_single_precision(name):
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max())
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("name", ["llama", "tied", "softcap", "lora-head"])
-def test_autocast(name):
+def test_autocast(name, entropy_gradient):
     model, batch = make(name, torch.float32), packed_batch()
     results = []
     for chunk_bytes in (CHUNK, WHOLE):
         forward = PolicyForward(model, chunk_bytes)
         with torch.autocast("cpu", torch.bfloat16):
-            results.append(scored(forward, batch))
+            results.append(scored(forward, batch, entropy_gradient=entropy_gradient))
     (output, gradients), (expected, expected_gradients) = results
     assert output.logprobs.dtype == expected.logprobs.dtype == torch.float32
     torch.testing.assert_close(output.logprobs, expected.logprobs, rtol=0, atol=0.02)
@@ -199,8 +200,8 @@ def test_activation_checkpointing():
     forward = PolicyForward(model, CHUNK)
     expected = scored(forward, batch)[1]
     model.gradient_checkpointing_enable()
-    training_mode(forward)
-    torch.testing.assert_close(scored(forward, batch)[1], expected)
+    with update_mode(forward):
+        torch.testing.assert_close(scored(forward, batch)[1], expected)
 
 
 def test_distributed_data_parallel(monkeypatch):

@@ -15,6 +15,7 @@ from etude.runtime.run import RunDirectory
 from etude.trainers.group_config import GRPOConfig, RLOOConfig
 from etude.trainers.grpo import GRPOTrainer
 from etude.trainers.rloo import RLOOTrainer
+from etude.types import StopReason
 
 F64 = torch.float64
 GROUP, ROWS = 4, 12
@@ -389,9 +390,81 @@ def test_it_learns(make_group_trainer, tmp_path):
     assert sum(rewards[-4:]) > sum(rewards[:4]) + 0.2
 
 
+def test_dynamic_sampling_fills_the_batch_with_groups_that_tell(make_group_trainer, tmp_path):
+    """Some tasks always score 0: their groups are replaced by others, the same in a resumed run."""
+
+    def trainer_in(directory, **settings):
+        trainer = make_group_trainer(directory, dynamic_sampling=True, episodes_to_log=-1, **settings)
+
+        def fickle(prompts, completions):
+            return [0.0 if "o" in p else len(set(c)) / 8 for p, c in zip(prompts, completions, strict=True)]
+
+        environment = trainer.environment
+        trainer.environment = TextEnvironment(
+            trainer.model,
+            trainer.tokenizer,
+            rewards=fickle,
+            max_turns=1,
+            generation_kwargs={"max_new_tokens": environment.params.max_new_tokens},
+        )
+        return trainer
+
+    trainer = trainer_in("whole", max_sampling_rounds=30, max_steps=4)
+    played, batch = trainer.collect(0)
+    assert len(batch) == 8 < len(played)
+    for group in trainer._groups(batch):
+        assert len({episode.prompt for episode in group}) == 1
+        assert len({episode.reward for episode in group}) > 1
+    assert [episode.token_ids for episode in trainer.collect(0)[1]] == [e.token_ids for e in batch]
+    trainer.train()
+    rows = [row for row in untimed(tmp_path / "whole") if "reward" in row]
+    assert all(row["frac_reward_zero_std"] == 0.0 for row in rows)
+    whole = RunDirectory(tmp_path / "whole").read_episodes(split="train")
+    assert len(whole) > 16, "what was played is written, whether it was learned from or not"
+
+    few = trainer_in("few", max_sampling_rounds=1)
+    played, batch = few.collect(0)
+    assert len(played) == len(batch) == 8
+    assert len([group for group in few._groups(batch) if few._tells(group)]) < 2
+
+
+def test_truncated_completions_are_compared_and_not_trained_on(make_group_trainer, tmp_path):
+    plain = make_group_trainer(max_steps=2)
+    trainer = make_group_trainer(max_steps=2, mask_truncated_completions=True)
+    _, batch = trainer.collect(0)
+    cut = [episode.stop is StopReason.TURN_TOKENS for episode in batch]
+    assert any(cut)
+    assert [not len(trainer.trajectory(episode).sampled) for episode in batch] == cut
+    assert all(trainer.trajectory(episode).compared for episode in batch)
+    assert all(len(plain.trajectory(episode).sampled) for episode in batch)
+    changed = make_group_trainer(stop_policies={"turn_tokens": {"reward": "clamp"}})
+    assert all(changed.trajectory(e).score <= 0 for e, c in zip(batch, cut, strict=True) if c)
+
+
+def test_the_batches_are_explained_in_one_line(make_group_trainer, capsys):
+    trainer = make_group_trainer(gradient_accumulation_steps=1, steps_per_generation=2)
+    assert trainer.describe_batches() == (
+        "batches: 2 tasks × 4 = 8 episodes an iteration, in steps of 4 (4 per pass), 2 times over: "
+        "4 optimizer steps; × 3 iterations = 12 steps, 24 episodes"
+    )
+
+
 @pytest.mark.parametrize(
     ("config_class", "settings", "message"),
     [
+        (
+            GRPOConfig,
+            {"stop_policies": {"bored": {}}},
+            "stop_policies names 'bored'; expected one of submitted",
+        ),
+        (GRPOConfig, {"stop_policies": {"done": {"reward": "halve"}}}, "expected keep, clamp or drop"),
+        (
+            GRPOConfig,
+            {"stop_policies": {"done": {"rewards": "keep"}}},
+            "unexpected keyword argument 'rewards'",
+        ),
+        (GRPOConfig, {"importance_sampling_cap": 0.5}, r"importance_sampling_cap is 0\.5"),
+        (GRPOConfig, {"dynamic_sampling": True, "max_sampling_rounds": 0}, "max_sampling_rounds is 0"),
         (GRPOConfig, {"num_generations": 1}, r"num_generations is 1; expected at least 2.*a group of one"),
         (GRPOConfig, {"num_generations": 3}, r"= 8 episodes per process; expected a multiple of num_gen"),
         (GRPOConfig, {"steps_per_generation": 3}, "expected a multiple of gradient_accumulation_steps"),

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from etude.math.advantages import gae
-from etude.math.masked import masked_whiten
+from etude.math.masked import masked_var, masked_whiten
 from etude.trainers.experience import Experience
 
 
@@ -72,7 +72,8 @@ def where_rewarded(experience: Experience) -> Tensor:
         if not trajectory.compared:
             continue
         row_N[list(trajectory.early_rewards)] = True
-        if not trajectory.rewards or any(reward.position is None for reward in trajectory.rewards):
+        terminal = [r for r in trajectory.rewards if r.position is None and r.value is not None]
+        if terminal or not trajectory.rewards:
             row_N[len(trajectory.sampled) - 1] = True
     return given_BN & experience.mask
 
@@ -89,6 +90,15 @@ def token_rewards(experience: Experience, scores_B: Tensor, scale: float = 1.0) 
     acting = counts_B > 0
     rewards_BN[acting, counts_B[acting] - 1] += (scores_B - rewards_BN.sum(1))[acting]
     return rewards_BN
+
+
+def deviation(advantages_B: Tensor, experience: Experience, accelerator: Accelerator) -> Tensor:
+    """Of the advantages of all processes' episodes that are learned from, damped as TRL does; 1 for zeros."""
+    everyone_B = gathered(advantages_B, accelerator)
+    kept_B = gathered(experience.mask.any(1), accelerator)
+    if not (everyone_B * kept_B).any():
+        return torch.ones_like(everyone_B.sum())
+    return masked_var(everyone_B, kept_B).sqrt() + 1e-4
 
 
 def whiten(values_BN: Tensor, mask_BN: Tensor, accelerator: Accelerator, shift_mean: bool = True) -> Tensor:

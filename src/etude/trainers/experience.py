@@ -23,6 +23,7 @@ class Experience:
         entropies: of the next-token distributions.
         pending: log-probabilities, values and entropies aren't known yet: an update's first pass over a row
             fills them in.
+        order: which the update's first epoch goes through it in, if that was decided when it was observed.
     """
 
     trajectories: list[Trajectory]
@@ -34,6 +35,7 @@ class Experience:
     last_values: Tensor
     entropies: Tensor
     pending: bool = False
+    order: list[int] | None = None
 
     def rows(self, indices: Sequence[int]) -> Experience:
         """The trajectories at `indices`, as an experience of their own."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ from etude.trainers.experience import Experience, Minibatch, UpdateLog
 from etude.trainers.group_config import GroupConfig
 from etude.trainers.policy import PolicyTrainer
 from etude.trainers.setup import without_value_head
+from etude.trainers.step_checks import check_batch
 from etude.types import Episode
 
 _MORE = 6  # name of a random stream
@@ -147,8 +149,9 @@ class GroupTrainer(PolicyTrainer):
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """Observe the batch, give each token its advantage, and go through it `num_iterations` times."""
-        settled = [_settled(trajectory) for trajectory in trajectories]
-        experience = self.learner.observe(settled, postpone=self._learns_in_one_step)
+        check_batch(trajectories, self.plays)
+        settled, order = [_settled(trajectory) for trajectory in trajectories], self._shuffles()
+        experience = self.learner.observe(settled, order, postpone=self._learns_in_one_step)
         advantages_BN = self.spread(self._advantages(experience), experience)
         telling_B = gathered(advantages_BN.any(1), self.accelerator)
         stats = {"learning_rate": self.optimizer.param_groups[0]["lr"], **self._kl(experience)}
@@ -166,7 +169,7 @@ class GroupTrainer(PolicyTrainer):
         else:
             experience = self.chosen(experience, advantages_BN)
             log = self.learner.update(
-                experience, lambda minibatch: self._loss(minibatch, advantages_BN), self._shuffles()
+                experience, lambda minibatch: self._loss(minibatch, advantages_BN), order
             )
             stats |= _means(log)
             gap |= experience.sampler_gap()
@@ -195,6 +198,20 @@ class GroupTrainer(PolicyTrainer):
         advantages = self.credit(Scores(scores, self.groups(len(scores)), kept, trajectories))
         first = self.accelerator.process_index * len(trajectories)
         return advantages[first : first + len(trajectories)]
+
+    def objectives(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """The single rewards of all processes' episodes [B, K], NaN where one doesn't apply; weights [K]."""
+        found = {r.name: r.weight for t in scores.trajectories for r in t.rewards}
+        if self.accelerator.num_processes > 1:
+            found = dict(pair for pairs in gather_object([list(found.items())]) for pair in pairs)
+        names = sorted(found)
+        rewards_BK = scores.scores.new_full((len(scores.trajectories), len(names)), torch.nan)
+        for row_K, trajectory in zip(rewards_BK, scores.trajectories, strict=True):
+            for reward in trajectory.rewards:
+                if reward.value is not None:
+                    k = names.index(reward.name)
+                    row_K[k] = reward.value + torch.nan_to_num(row_K[k])
+        return gathered(rewards_BK, self.accelerator), rewards_BK.new_tensor([found[name] for name in names])
 
     def groups(self, count: int) -> Tensor:
         """The group of each of `count` episodes [B], which lie group by group."""

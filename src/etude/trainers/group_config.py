@@ -144,6 +144,11 @@ class GRPOConfig(GroupConfig):
         "divide advantages by the standard deviation of the group's scores (group or true), of all (batch), "
         "or don't (none or false)",
     )
+    use_bias_correction_kl: bool = setting(
+        False,
+        "weigh the KL by the policy ratio, which makes its gradient that of the present policy's KL "
+        "(DeepSeek-V3.2)",
+    )
     importance_sampling_level: Literal["token", "sequence"] = setting(
         "token", "a policy ratio per token, or one per episode, the geometric mean of its tokens' (GSPO)"
     )

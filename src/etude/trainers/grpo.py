@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etude.math.group import group_advantages, process_advantages
+from etude.math.group import decoupled_advantages, group_advantages, process_advantages
 from etude.math.kl import kl_estimate
 from etude.math.losses import aggregate, cispo_loss, clipped_policy_loss, sequence_policy_loss
 from etude.trainers.credit import gathered, own_part, token_rewards, where_rewarded
@@ -31,6 +31,9 @@ class GRPOTrainer(GroupTrainer):
 
     def credit(self, scores: Scores) -> Tensor:
         """Scores less their group's mean, over its deviation or whatever `scale_rewards` says."""
+        if self.config.multi_objective_aggregation == "normalize_then_sum":
+            rewards_BK, weights_K = self.objectives(scores)
+            return decoupled_advantages(rewards_BK, weights_K, scores.groups, scores.kept)
         return group_advantages(scores.scores, scores.groups, scores.kept, scale=self.config.reward_scale)
 
     def spread(self, advantages_B: Tensor, experience: Experience) -> Tensor:
@@ -61,7 +64,10 @@ class GRPOTrainer(GroupTrainer):
             parts = clipped_policy_loss(*policies, clip_low=config.epsilon, clip_high=high)
         loss_BN, ratio_BN, clipped_BN = parts
         if config.beta:
-            loss_BN = loss_BN + config.beta * kl_estimate(minibatch.logprobs, observed.ref_logprobs, "k3")
+            kl_BN = kl_estimate(minibatch.logprobs, observed.ref_logprobs, "k3")
+            if config.use_bias_correction_kl:
+                kl_BN = kl_BN * torch.exp(minibatch.logprobs - observed.logprobs)
+            loss_BN = loss_BN + config.beta * kl_BN
         return self._averaged(loss_BN, minibatch), ratio_BN, clipped_BN
 
     def _averaged(self, loss_BN: Tensor, minibatch: Minibatch) -> Tensor:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from etude.data.batch import PackedBatch, Trajectory, within_tokens
+from etude.data.batch import PackedBatch, Trajectory
+from etude.data.families import into_passes
 from etude.math.kl import KLKind, kl_estimate, kl_full
 from etude.models.forward import PolicyForward, PolicyOutput
 from etude.models.reference import reference_by_disabled_adapters
@@ -42,6 +44,8 @@ class Learner:
         max_tokens_per_pass: cut up mini-batches of more tokens, a longer trajectory by itself; None: don't.
             Processes may then differ in their number of passes: not for parameters sharded over them.
         entropy_gradient: let gradients flow through entropies, for losses with a bonus for them.
+        share_prefixes: compute what the trajectories of a pass begin with once for all of them, and put those
+            of an optimizer step that begin alike into the same passes. For models that can be packed.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Learner:
         uses_reference: bool = True,
         max_tokens_per_pass: int | None = None,
         entropy_gradient: bool = False,
+        share_prefixes: bool = True,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
@@ -74,12 +79,22 @@ class Learner:
         self.uses_reference = uses_reference
         self.max_tokens_per_pass = max_tokens_per_pass
         self.entropy_gradient = entropy_gradient
+        unwrapped: PolicyForward = accelerator.unwrap_model(policy)
+        self.share_prefixes = share_prefixes and unwrapped.packs
 
     @torch.no_grad()
-    def observe(self, trajectories: Sequence[Trajectory], *, postpone: bool = False) -> Experience:
+    def observe(
+        self,
+        trajectories: Sequence[Trajectory],
+        order: torch.Generator | None = None,
+        *,
+        postpone: bool = False,
+    ) -> Experience:
         """Score trajectories under the present weights and the reference.
 
         Args:
+            order: what `update` will shuffle by. The passes are then those of its first epoch: rounding
+                depends on who shares a pass, and in bfloat16 that can move a ratio of 1 by several percent.
             postpone: leave it to the update, which computes the same. Only right where weights change once
                 all rows have been passed, and nothing before that needs to know. There is no KL then.
         """
@@ -99,30 +114,41 @@ class Learner:
                 entropies,
                 pending=True,
             )
-        evaluation_mode(self.policy)
-        passes = self._passes(trajectories, range(len(trajectories)))
+        self.policy.eval()
+        rows = None if order is None else self._shuffled(trajectories, order)
+        steps = self._steps(rows or list(range(len(trajectories))))
+        telling = [[i for i in step if len(trajectories[i].sampled)] for step in steps]
+        passes = [rows for step in telling for rows in self._passes(trajectories, step)] or [[0]]
         parts = [self._observe([trajectories[i] for i in indices]) for indices in passes]
+        place = torch.tensor([i for indices in passes for i in indices], device=parts[0].mask.device)
         longest = max(part.mask.shape[1] for part in parts)
+
+        def in_place(pieces: list[Tensor]) -> Tensor:
+            """Each row at its trajectory's index; 0 where no token was sampled, which wasn't computed."""
+            merged = torch.cat(pieces)
+            return merged.new_zeros(len(trajectories), *merged.shape[1:]).index_copy(0, place, merged)
+
         per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl", "entropies")
         merged: dict[str, Any] = {
-            name: torch.cat([_widened(getattr(part, name), longest) for part in parts]) for name in per_token
+            name: in_place([_widened(getattr(part, name), longest) for part in parts]) for name in per_token
         }
-        last_values = torch.cat([part.last_values for part in parts])
-        return Experience(list(trajectories), **merged, last_values=last_values)
+        last_values = in_place([part.last_values for part in parts])
+        return Experience(list(trajectories), **merged, last_values=last_values, order=rows)
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> Experience:
-        batch = PackedBatch.of(trajectories, self.accelerator.device)
-        full = self.kl_kind == "full"
+        batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
+        full = self.uses_reference and self.kl_kind == "full"
         output = self._forward(self.policy, batch, keep_logits=full)
         expected = output
         if self.uses_reference:
             with self._as_reference() as reference:
-                expected = self._forward(reference, batch, keep_logits=full)
+                expected = self._forward(reference, batch, keep_logits=full, with_values=False)
+        kl = torch.zeros_like(output.logprobs)
         if full:
             assert output.logits is not None
             assert expected.logits is not None
             kl = kl_full(output.logits, expected.logits, self.temperature)
-        else:
+        elif self.uses_reference:
             kl = kl_estimate(output.logprobs, expected.logprobs, self.kl_kind)  # type: ignore[arg-type]
         last_values = torch.zeros(len(trajectories), device=batch.mask.device)
         if output.last_values is not None:
@@ -154,21 +180,20 @@ class Learner:
             enough: asked after each epoch, with that epoch's log; True leaves the batch.
         """
         log = UpdateLog()
-        step_size = self.mini_batch_size * self.accumulation
         if self.global_count(experience.mask.sum()) == 0:
             return log
-        training_mode(self.policy)
+        first = experience.order
         for _ in range(self.epochs):
             epoch = UpdateLog()
-            shuffled = torch.randperm(len(experience.trajectories), generator=order).tolist()
-            for start in range(0, len(shuffled), step_size):
-                self._optimizer_step(experience, shuffled[start : start + step_size], loss, epoch)
+            shuffled, first = first or self._shuffled(experience.trajectories, order), None
+            with update_mode(self.policy):
+                for rows in self._steps(shuffled):
+                    self._optimizer_step(experience, rows, loss, epoch)
             log.numbers += epoch.numbers
             log.weights += epoch.weights
             log.gradient_norms += epoch.gradient_norms
             if enough(epoch):
                 break
-        evaluation_mode(self.policy)
         return log
 
     def _optimizer_step(
@@ -198,15 +223,19 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def _shuffled(self, trajectories: Sequence[Trajectory], order: torch.Generator) -> list[int]:
+        return torch.randperm(len(trajectories), generator=order).tolist()
+
+    def _steps(self, rows: list[int]) -> list[list[int]]:
+        """Rows of each optimizer step of an epoch."""
+        size = self.mini_batch_size * self.accumulation
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
     def _passes(self, trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[list[int]]:
-        """The trajectories at `indices`, in order, as the forward passes they take."""
-        size = self.mini_batch_size
-        minibatches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return [
-            rows
-            for minibatch in minibatches
-            for rows in within_tokens(trajectories, minibatch, self.max_tokens_per_pass)
-        ]
+        """The trajectories at `indices` as the forward passes they take; those that begin alike together."""
+        sequences = [trajectories[i].token_ids for i in indices]
+        passes = into_passes(sequences, self.mini_batch_size, self.max_tokens_per_pass, self.share_prefixes)
+        return [[indices[place] for place in places] for places in passes]
 
     def _minibatch(
         self,
@@ -216,7 +245,8 @@ class Learner:
         sequences: Tensor,
         is_last: bool,
     ) -> Minibatch:
-        batch = PackedBatch.of([experience.trajectories[i] for i in indices], self.accelerator.device)
+        trajectories = [experience.trajectories[i] for i in indices]
+        batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
         with self._synchronised(is_last):
             output = self._forward(self.policy, batch, entropy_gradient=self.entropy_gradient)
         values = torch.zeros_like(output.logprobs) if output.values is None else output.values
@@ -242,6 +272,7 @@ class Learner:
         batch: PackedBatch,
         keep_logits: bool = False,
         entropy_gradient: bool = False,
+        with_values: bool = True,
     ) -> PolicyOutput:
         with self.accelerator.autocast():
             return policy(
@@ -253,6 +284,8 @@ class Learner:
                 self.temperature,
                 keep_logits,
                 entropy_gradient,
+                batch.prefixes,
+                with_values,
             )
 
     @contextmanager
@@ -272,20 +305,39 @@ class Learner:
         return self.accelerator.reduce(count.to(self.accelerator.device, torch.float32), "sum")
 
 
-def evaluation_mode(policy: nn.Module) -> None:
-    if policy.training:
-        policy.eval()
+@contextmanager
+def update_mode(policy: nn.Module) -> Iterator[None]:
+    """Inside, `policy` computes as it did when it was observed, with activation checkpointing where enabled.
 
-
-def training_mode(policy: nn.Module) -> None:
-    """Training mode, which activation checkpointing looks at, with dropout off.
-
-    Dropout would make the first ratio of a batch differ from 1: the update would answer noise.
+    That is evaluation mode: dropout, a router's jitter or a skipped layer would make the first ratio of a
+    batch differ from 1, and the update would answer noise. What checkpoints asks for training mode, and gets
+    it until it computes.
     """
-    policy.train()
-    for module in policy.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
+    policy.eval()
+    enabled: list[Any] = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False)]
+    layers: list[Any] = [m for m in enabled if isinstance(m, GradientCheckpointingLayer)]
+    # In older modelling code it is not the layers but the model around them.
+    before = [(module, module._gradient_checkpointing_func) for module in layers or enabled]
+    for module, function in before:
+        module.training = True
+        module._gradient_checkpointing_func = partial(_checkpointed, module, function)
+    try:
+        yield
+    finally:
+        for module, function in before:
+            module.training = False
+            module._gradient_checkpointing_func = function
+
+
+def _checkpointed(module: nn.Module, checkpoint: Callable[..., Any], forward: Any, *args: Any) -> Any:
+    def in_evaluation_mode(*args: Any) -> Any:
+        module.training = False
+        try:
+            return forward(*args)
+        finally:
+            module.training = True
+
+    return checkpoint(in_evaluation_mode, *args)
 
 
 def _widened(rows_BN: Tensor, width: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from etude.math.group import batch_advantages
 from etude.math.losses import aggregate, reinforce_loss
+from etude.trainers.credit import deviation
 from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.group import GroupTrainer, Scores
 from etude.trainers.group_config import ReinforceConfig
@@ -32,8 +33,14 @@ class ReinforceTrainer(GroupTrainer):
         return scores_B - self.config.beta * (experience.kl * experience.mask).sum(1)
 
     def credit(self, scores: Scores) -> Tensor:
-        """Scores less the mean of all, over their deviation where that is asked for."""
-        return batch_advantages(scores.scores, scores.kept, whiten=self.config.normalize_advantages)
+        """Scores less the mean of all."""
+        return batch_advantages(scores.scores, scores.kept)
+
+    def spread(self, advantages_B: Tensor, experience: Experience) -> Tensor:
+        advantages_BN = super().spread(advantages_B, experience)
+        if self.config.normalize_advantages:
+            advantages_BN = advantages_BN / deviation(advantages_B, experience, self.accelerator)
+        return advantages_BN
 
     def loss(self, minibatch: Minibatch, advantages_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """−A log π, summed over an episode's tokens, averaged over episodes."""

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from etude.math.group import leave_one_out_advantages
 from etude.math.losses import aggregate, sequence_policy_loss
-from etude.math.masked import masked_var
-from etude.trainers.credit import gathered
+from etude.trainers.credit import deviation
 from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.group import GroupTrainer, Scores
 from etude.trainers.group_config import RLOOConfig
@@ -41,11 +40,7 @@ class RLOOTrainer(GroupTrainer):
     def spread(self, advantages_B: Tensor, experience: Experience) -> Tensor:
         advantages_BN = super().spread(advantages_B, experience)
         if self.config.normalize_advantages:
-            # Their mean is 0 already, and what is exactly 0 has to stay so; 1e-4 as in TRL.
-            everyone_B = gathered(advantages_B, self.accelerator)
-            kept_B = gathered(experience.mask.any(1), self.accelerator)
-            if everyone_B.any():
-                advantages_BN = advantages_BN / (masked_var(everyone_B, kept_B).sqrt() + 1e-4)
+            advantages_BN = advantages_BN / deviation(advantages_B, experience, self.accelerator)
         return advantages_BN
 
     def loss(self, minibatch: Minibatch, advantages_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
