@@ -10,10 +10,12 @@ Runs under every side's interpreter: torch and `transformers` only, as old as th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -32,13 +34,12 @@ class Shape:
 
     Attributes:
         episodes: in the batch.
-        length: of an episode, prompt included: lognormal about `median`, cut to this range.
+        length: of the shortest and the longest episode, prompt included; between them, the quantiles of a
+            lognormal.
         prompt, turn, answer: of the prompt, each turn of the model, each answer of a tool.
     """
 
     episodes: int = 16
-    median: int = 210
-    spread: float = 0.7
     length: tuple[int, int] = (60, 700)
     prompt: tuple[int, int] = (20, 50)
     turn: tuple[int, int] = (24, 96)
@@ -52,9 +53,7 @@ def write_batch(path: Path, shape: Shape, vocabulary: int, seed: int) -> Path:
     def tokens(count: int) -> list[int]:
         return [words.randrange(FIRST_TOKEN, vocabulary) for _ in range(count)]
 
-    def one_episode() -> dict[str, Any]:
-        drawn = round(shape.median * lengths.lognormvariate(0, shape.spread))
-        total = min(max(drawn, shape.length[0]), shape.length[1])
+    def one_episode(total: int) -> dict[str, Any]:
         prompt = lengths.randint(*shape.prompt)
         mask: list[int] = []
         while len(mask) < total - prompt:
@@ -62,11 +61,18 @@ def write_batch(path: Path, shape: Shape, vocabulary: int, seed: int) -> Path:
         mask = mask[: total - prompt]
         return {"query": tokens(prompt), "response": tokens(len(mask)), "mask": mask, "score": words.random()}
 
+    totals = lognormal_quantiles(shape.episodes, *shape.length)
+    lengths.shuffle(totals)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"shape": asdict(shape), "rows": [one_episode() for _ in range(shape.episodes)]})
-    )
+    path.write_text(json.dumps({"shape": asdict(shape), "rows": [one_episode(total) for total in totals]}))
     return path
+
+
+def lognormal_quantiles(count: int, shortest: int, longest: int) -> list[int]:
+    """`count` lengths at even steps of probability, the first and last as given; ascending."""
+    normal = [NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
+    centre, spread = math.log(shortest * longest) / 2, math.log(longest / shortest) / 2
+    return [round(math.exp(centre + spread * z / normal[-1])) for z in normal]
 
 
 def count_tokens(path: Path) -> dict[str, int]:

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # name -> module that defines it. tests/test_exports.py holds this table against the modules.
 _EXPORTS = {
+    "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
     "BestOfNSampler": "etude.sampling.best_of_n",
     "ClassifierReward": "etude.rewards.classifier",
@@ -45,6 +46,7 @@ _EXPORTS = {
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
     "ToolErrorPenalty": "etude.rewards.tool_errors",
+    "ValueModel": "etude.models.value_model",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from etude.errors import EtudeError as EtudeError
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
+    from etude.models.value_model import ValueModel as ValueModel
+    from etude.rewards.adapter import AdapterReward as AdapterReward
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
     from etude.rewards.function import reward as reward

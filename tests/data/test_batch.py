@@ -1,11 +1,9 @@
 """Episodes as trajectories, and trajectories end to end."""
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 
-from etude.data.batch import PackedBatch, Trajectory, within_tokens
+from etude.data.batch import PackedBatch, Trajectory
 from etude.errors import DataError
 from etude.types import Episode, NamedReward, Segment, StopReason
 
@@ -67,17 +65,19 @@ def test_a_batch_without_a_sampled_token():
     assert batch.unpack(torch.zeros(0)).shape == (1, 0)
 
 
-@given(lengths=st.lists(st.integers(1, 40), max_size=12), limit=st.none() | st.integers(1, 60))
-def test_groups_within_a_budget_of_tokens(lengths, limit):
-    trajectories = [Trajectory(torch.zeros(n, dtype=torch.long), torch.tensor([]), 0.0) for n in lengths]
-    indices = list(reversed(range(len(lengths))))
-    groups = within_tokens(trajectories, indices, limit)
-    assert [i for group in groups for i in group] == indices
-    assert all(groups)
-    if limit is None:
-        assert len(groups) <= 1
-        return
-    tokens = [sum(lengths[i] for i in group) for group in groups]
-    assert all(n <= limit or len(group) == 1 for n, group in zip(tokens, groups, strict=True))
-    following = [lengths[group[0]] for group in groups[1:]]
-    assert all(n + more > limit for n, more in zip(tokens, following, strict=False)), "no group ends early"
+def test_a_common_beginning_lies_there_once():
+    prompt = torch.arange(100, 120)
+    a = Trajectory(torch.cat([prompt, torch.tensor([1, 2])]), torch.tensor([20, 21]), 0.0, bootstrap=True)
+    b = Trajectory(torch.cat([prompt, torch.tensor([3])]), torch.tensor([19, 20]), 0.0)
+    c = Trajectory(torch.tensor([8, 9]), torch.tensor([1]), 0.0)
+    batch = PackedBatch.of([a, c, b], share=True)
+    plain = PackedBatch.of([a, c, b])
+    assert sorted(batch.lengths) == [1, 2, 2, 20]
+    assert plain.lengths == [22, 2, 21]
+    before = {"states": [119, 1, 8, 118, 119], "last_states": [2]}  # the tokens that lie there
+    for name, tokens in before.items():
+        assert batch.input_ids[getattr(batch, name)].tolist() == tokens
+        assert plain.input_ids[getattr(plain, name)].tolist() == tokens
+    assert batch.states[0] == batch.states[-1], "asked for by both"
+    assert batch.targets.tolist() == [1, 2, 9, 119, 3]
+    assert torch.equal(batch.mask, plain.mask)

@@ -1,8 +1,17 @@
 """The training forward against a plain forward of each sequence by itself."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from transformers import GPTJConfig, GPTJForCausalLM
+from hypothesis import given, settings
+from peft import LoraConfig, get_peft_model
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+)
 
 from etude.data.batch import PackedBatch, Trajectory
 from etude.models.forward import PolicyForward
@@ -143,3 +152,169 @@ def test_activation_checkpointing_changes_nothing(tokenizer, make_llama):
             (output.logprobs.sum() + output.values.sum()).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+# Grouped heads, learnt positions, normed heads, windows with and without soft caps, sinks, no packing.
+ARCHITECTURES = {
+    "llama": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 9},
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 9,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 9,
+        "sliding_window_pattern": 2,
+    },
+    "gpt_oss": {"head_dim": 8, "sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+}
+
+
+def make_model(architecture):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 53,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    own = ARCHITECTURES[architecture]
+    config = AutoConfig.for_model(
+        architecture,
+        **({"vocab_size": 53} if "n_embd" in own else sizes),
+        **own,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    config._experts_implementation = "eager"
+    return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+def families_of_trajectories(shape, seed=0):
+    """`shape`: for each family, the length of what its members begin with, and those of what they go on with.
+
+    The first token that is sampled may be in the beginning, the first after it, or a later one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for shared, rests in shape:
+        beginning = torch.randint(0, 53, (shared,), generator=generator)
+        for n in rests:
+            ids = torch.cat([beginning, torch.randint(0, 53, (n,), generator=generator)])
+            sampled = torch.arange(len(ids))[max(1, shared - 2 + len(made) % 4) :]
+            made.append(Trajectory(ids, sampled, 0.0, bootstrap=len(made) % 2 == 0))
+    return [made[i] for i in torch.randperm(len(made), generator=generator)]
+
+
+class AllFloat64(TorchFunctionMode):
+    """Norms and rotations, too, which models otherwise compute in single precision."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        lowers = func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args[1:])
+        if lowers and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def results(forward, trajectories, share):
+    """Outputs and gradients; no two tokens weigh the same."""
+    forward.zero_grad()
+    batch = PackedBatch.of(trajectories, share=share)
+    output = forward(
+        batch.input_ids,
+        batch.lengths,
+        batch.states,
+        batch.targets,
+        batch.last_states,
+        temperature=0.9,
+        prefixes=batch.prefixes,
+    )
+    weights = torch.linspace(-1, 2, len(batch.states), dtype=torch.float64)
+    loss = (weights * output.logprobs).sum()
+    if output.values is not None:
+        loss = loss + (weights * output.values**2).sum() + (output.last_values**3).sum()
+    loss.backward()
+    named = {name: p.grad.clone() for name, p in forward.named_parameters() if p.grad is not None}
+    outputs = {name: x.detach() for name, x in output._asdict().items() if x is not None}
+    return outputs, named, len(batch.input_ids)
+
+
+def check_sharing(forward, trajectories, least_saved=1, tolerance=1e-10):
+    with AllFloat64():
+        expected, gradients, tokens = results(forward, trajectories, share=False)
+        outputs, shared_gradients, fewer = results(forward, trajectories, share=True)
+    assert fewer <= tokens - least_saved
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=tolerance)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
+    torch.testing.assert_close(shared_gradients, gradients, rtol=tolerance, atol=tolerance)
+
+
+SHAPES = {
+    "even": [(20, (6, 7, 5, 6)), (17, (5, 6)), (0, (9,))],
+    "uneven": [(31, (1, 12, 3)), (16, (20, 2)), (0, (25, 4))],
+    "short": [(17, (40, 41, 38)), (16, (50, 3))],
+    "whole": [(20, (0, 4, 0))],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sharing_a_beginning_changes_nothing(architecture, shape):
+    forward = PolicyForward(AutoModelForCausalLMWithValueHead(make_model(architecture)))
+    assert forward.packs == (architecture != "gptj")
+    check_sharing(forward, families_of_trajectories(shape), least_saved=16)
+
+
+def test_sharing_without_a_value_head():
+    check_sharing(PolicyForward(make_model("llama")), families_of_trajectories(SHAPES["even"]))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_sharing_with_adapters():
+    config = LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(make_model("llama"), config).double()
+    check_sharing(PolicyForward(model), families_of_trajectories(SHAPES["even"]))
+
+
+def test_sharing_with_activation_checkpointing(make_gpt2):
+    from etude.trainers.learner import training_mode
+
+    model = AutoModelForCausalLMWithValueHead(make_gpt2(dtype=torch.float64))
+    forward = PolicyForward(model)
+    model.gradient_checkpointing_enable()
+    training_mode(forward)
+    check_sharing(forward, families_of_trajectories(SHAPES["uneven"]))
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    return {name: PolicyForward(make_model(name)) for name in ("gpt2", "mistral")}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.lists(
+        st.tuples(st.integers(0, 30), st.lists(st.integers(0, 12), min_size=1, max_size=4)),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 99),
+    architecture=st.sampled_from(["gpt2", "mistral"]),
+)
+def test_sharing_any_beginnings(windowed, shape, seed, architecture):
+    trajectories = [t for t in families_of_trajectories(shape, seed) if len(t.token_ids) > 2]
+    if trajectories:
+        check_sharing(windowed[architecture], trajectories, least_saved=0)

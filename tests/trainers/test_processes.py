@@ -44,6 +44,35 @@ trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
 
+CRITIC_STEP = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from etude import PPOConfig, PPOTrainer
+from etude.models.loading import load_causal_lm
+from etude.models.value_model import ValueModel
+
+directory, processes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+model = load_causal_lm(f"{directory}/model", dtype="float64")
+critic = ValueModel.from_pretrained(f"{directory}/critic", dtype="float64")
+torch.nn.init.normal_(critic.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
+torch.nn.init.zeros_(critic.v_head.summary.bias)
+config = PPOConfig(batch_size=8 // processes, mini_batch_size=2, gradient_accumulation_steps=4 // processes,
+                   ppo_epochs=2, init_kl_coef=0, adap_kl_ctrl=False, max_grad_norm=0.5)
+optimizer = torch.optim.SGD([*model.parameters(), *critic.parameters()], lr=0.1)
+tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
+trainer = PPOTrainer(config, model, tokenizer=tokenizer, optimizer=optimizer, value_model=critic)
+generator = torch.Generator().manual_seed(2)
+ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
+rows = [(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+rank = trainer.accelerator.process_index
+mine = rows[rank * 8 // processes:(rank + 1) * 8 // processes]
+trainer.step([q for q, _, _ in mine], [r for _, r, _ in mine], [s for _, _, s in mine])
+trainer.save_model(f"{directory}/after-{processes}")
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
 GROUP_STEP = """
 import sys, torch
 from transformers import AutoTokenizer
@@ -86,6 +115,32 @@ def model_directory(tmp_path, make_llama, tokenizer):
     make_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path
+
+
+def test_two_processes_train_a_value_model_as_one_does(model_directory, make_gpt2):
+    """Each step is of all 8 episodes, whatever the order in which the processes go through their share."""
+    make_gpt2(7).save_pretrained(model_directory / "critic")
+    (model_directory / "step.py").write_text(CRITIC_STEP)
+    for processes in (1, 2):
+        done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
+        assert done.returncode == 0, done.stderr[-2000:]
+    for part, start in (("", "model"), ("value_model", "critic")):
+        one, two = (
+            load_file(model_directory / d / part / "model.safetensors") for d in ("after-1", "after-2")
+        )
+        before = load_file(model_directory / start / "model.safetensors")
+        assert set(one) == set(two)
+        strip = lambda name: name.removeprefix("transformer.")  # noqa: E731
+        before = {strip(name): tensor.double() for name, tensor in before.items()}
+        moved = [(tensor.double() - before[strip(name)]).abs().max().item() for name, tensor in one.items()]
+        assert max(moved) > 1e-3
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], atol=1e-6, rtol=0, msg=f"{part} {name}")
+    heads = [
+        load_file(model_directory / d / "value_model" / "value_head.safetensors")
+        for d in ("after-1", "after-2")
+    ]
+    torch.testing.assert_close(*heads, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("batch", ["whole", "silent"])

@@ -78,7 +78,11 @@ COMMANDS = {
     ),
     "ppo": Command(
         "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
-        {**_PLAYING, "Training": "etude.trainers.ppo_config:PPOConfig"},
+        {
+            **_PLAYING,
+            "Model": "etude.app.arguments:ActorCriticArguments",
+            "Training": "etude.trainers.ppo_config:PPOConfig",
+        },
         module="ppo",
         required=("output_dir",),
     ),

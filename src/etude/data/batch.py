@@ -1,20 +1,21 @@
 """Episodes as tensors for a policy-gradient update.
 
 A `Trajectory` is one episode's tokens and which of them this run's policy sampled. A `PackedBatch` lays
-several end to end, without padding, and names the positions whose outputs are needed: the one before
-each sampled token (its state), and the last one where the value bootstraps. Everything per sampled token
-is then [B, N]: row b holds trajectory b's sampled tokens in order, the rest is padding.
+several end to end, without padding, a common beginning only once (`families`), and names the positions
+whose outputs are needed: the one before each sampled token (its state), and the last one where the value
+bootstraps. Everything per sampled token is then [B, N]: row b holds trajectory b's sampled tokens in order,
+the rest is padding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from etude.data.families import Layout
 from etude.errors import DataError
 from etude.types import STOP_POLICIES, Episode, NamedReward, StopPolicy, StopReason
 
@@ -111,8 +112,9 @@ class PackedBatch:
 
     Attributes:
         input_ids: [T], all tokens.
-        lengths: tokens of each trajectory.
-        states: flat positions whose next-token distributions are needed, [M]: one per sampled token.
+        lengths, prefixes: of what lies there, see `families.Layout`.
+        states: flat positions whose next-token distributions are needed, [M]: one per sampled token. The
+            last one of a common beginning is asked for by each trajectory that samples there.
         targets: the tokens that were sampled there, [M].
         last_states: flat positions of the last tokens of trajectories whose value bootstraps, [K].
         mask: [B, N], true where row b has an n-th sampled token; `mask.sum()` is M.
@@ -121,6 +123,7 @@ class PackedBatch:
 
     input_ids: Tensor
     lengths: list[int]
+    prefixes: list[int | None]
     states: Tensor
     targets: Tensor
     last_states: Tensor
@@ -128,20 +131,26 @@ class PackedBatch:
     bootstrap: Tensor
 
     @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], device: torch.device | str = "cpu") -> PackedBatch:
-        lengths = [len(t.token_ids) for t in trajectories]
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    def of(
+        cls, trajectories: Sequence[Trajectory], device: torch.device | str = "cpu", share: bool = False
+    ) -> PackedBatch:
+        """With `share`, what several trajectories begin with lies there once, where that saves enough."""
+        layout = Layout.of([t.token_ids for t in trajectories], share)
         counts = torch.tensor([len(t.sampled) for t in trajectories])
-        input_ids = torch.cat([t.token_ids for t in trajectories])
-        sampled = torch.cat([start + t.sampled for start, t in zip(starts, trajectories, strict=True)])
-        ends = [s + n - 1 for s, n, t in zip(starts, lengths, trajectories, strict=True) if t.bootstrap]
         mask_BN = torch.arange(int(counts.max()) if len(counts) else 0)[None] < counts[:, None]
+        states = [layout.flat(i, t.sampled - 1) for i, t in enumerate(trajectories)]
+        ends = [
+            layout.flat(i, torch.tensor([len(t.token_ids) - 1]))
+            for i, t in enumerate(trajectories)
+            if t.bootstrap
+        ]
         return cls(
-            input_ids=input_ids.to(device),
-            lengths=lengths,
-            states=(sampled - 1).to(device),
-            targets=input_ids[sampled].to(device),
-            last_states=torch.tensor(ends, dtype=torch.long, device=device),
+            input_ids=torch.cat(layout.pieces).to(device),
+            lengths=[len(piece) for piece in layout.pieces],
+            prefixes=layout.prefixes,
+            states=torch.cat(states).to(device),
+            targets=torch.cat([t.token_ids[t.sampled] for t in trajectories]).to(device),
+            last_states=torch.cat([states[0][:0], *ends]).to(device),
             mask=mask_BN.to(device),
             bootstrap=torch.tensor([t.bootstrap for t in trajectories], device=device),
         )
@@ -149,22 +158,3 @@ class PackedBatch:
     def unpack(self, values_M: Tensor) -> Tensor:
         """Per-token values [M] as rows [B, N], 0 where there is no token."""
         return values_M.new_zeros(self.mask.shape).masked_scatter(self.mask, values_M)
-
-
-def within_tokens(
-    trajectories: Sequence[Trajectory], indices: Sequence[int], limit: int | None
-) -> list[list[int]]:
-    """`indices`, in order, in groups whose trajectories have at most `limit` tokens in all.
-
-    A longer trajectory is a group of its own. Without a limit there is one group.
-    """
-    groups: list[list[int]] = []
-    room = 0.0
-    for i in indices:
-        length = len(trajectories[i].token_ids)
-        if not groups or length > room:
-            groups.append([])
-            room = math.inf if limit is None else limit
-        groups[-1].append(i)
-        room -= length
-    return groups

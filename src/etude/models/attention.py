@@ -2,8 +2,9 @@
 
 Both lay their sequences end to end in a flat step of shape [1, T], with no padding, and hand the model a
 `PackedPlan` that says where each sequence lies. The trainer's plan has no cache: each sequence attends to
-itself, causally. The sampler's plan has one: new keys and values are written into the sequence's slot,
-and its queries attend to all the slot holds. One function, so that both compute the same numbers.
+itself, causally, and to the prefix that it goes on from, which several may have in common. The sampler's plan
+has one: new keys and values are written into the sequence's slot, and its queries attend to all the slot
+holds. One function, so that both compute the same numbers.
 
 The plan travels as an extra keyword of the model's forward, which `transformers` passes down to the
 attention function. Calls without a plan (`generate`, a plain forward) go to the implementation the
@@ -27,7 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from etude.errors import ModelError
-from etude.models.plans import PLAN, Decoding, PackedPlan, SharedPrefix, StaticPlan
+from etude.models.plans import PLAN, Branches, Decoding, PackedPlan, SharedPrefix, StaticPlan
 
 _PREFIX = "etude_"
 _KNOWN_TENSORS = ("position_ids", "cache_position")  # that families hand on, and attention needn't know
@@ -100,19 +101,62 @@ def packed_attention(
 def _attend_to_self(
     q: Tensor, k: Tensor, v: Tensor, plan: PackedPlan, scores: Scores, window: int | None
 ) -> Tensor:
-    """Training: each sequence attends to its own tokens. [H, T, d] in and out."""
+    """Training: each sequence attends to its own tokens, and to those of its prefix. [H, T, d] in and out."""
+    if not plan.branches:
+        return _attend_roots(q, k, v, plan, scores, window)
+    roots = slice(sum(plan.roots))
+    parts = [_attend_roots(q[:, roots], k[:, roots], v[:, roots], plan, scores, window)]
+    parts += [_attend_branches(q, k, v, branches, scores, window) for branches in plan.branches]
+    return torch.cat(parts, dim=1)
+
+
+def _attend_roots(
+    q: Tensor, k: Tensor, v: Tensor, plan: PackedPlan, scores: Scores, window: int | None
+) -> Tensor:
     cells = plan.rectangle
     if cells is None or not scores.plain or (window and window < cells.width):
-        parts = zip(*(tensor.split(list(plan.lengths), dim=1) for tensor in (q, k, v)), strict=True)
+        parts = zip(*(tensor.split(plan.roots, dim=1) for tensor in (q, k, v)), strict=True)
         return torch.cat([_attend(q, k, v, scores, window) for q, k, v in parts], dim=1)
-    q_BHLd, k_BHLd, v_BHLd = (
-        tensor[:, cells.tokens].unflatten(1, (cells.rows, cells.width)).transpose(0, 1)
-        for tensor in (q, k, v)
+    gqa = q.shape[0] != k.shape[0]
+    q, k, v = (cells.rows_of(tensor) for tensor in (q, k, v))
+    return cells.flat_of(
+        scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
     )
-    out = scaled_dot_product_attention(
-        q_BHLd, k_BHLd, v_BHLd, scale=scores.scaling, is_causal=True, enable_gqa=q.shape[0] != k.shape[0]
-    )
-    return out.transpose(0, 1).flatten(1, 2)[:, cells.cells_T]
+
+
+def _attend_branches(
+    q: Tensor, k: Tensor, v: Tensor, branches: Branches, scores: Scores, window: int | None
+) -> Tensor:
+    """What goes on from one prefix. Of the whole step [H, T, d]; [H, n, d] for their n tokens."""
+    cells, prefix, past, longest = branches.rectangle, branches.prefix, branches.past, max(branches.lengths)
+    fused = scores.plain and not (window and window < past + longest)
+    # A causal kernel skips what a mask only hides: behind a short prefix that is worth asking its queries again.
+    again = fused and 2 * past < longest
+    if fused and cells is not None:
+
+        def rows_of(flat: Tensor) -> Tensor:
+            shared = flat[:, prefix].expand(cells.rows, -1, -1, -1)
+            return torch.cat([shared, cells.rows_of(flat[:, branches.tokens])], dim=2)
+
+        if again:
+            gqa = q.shape[0] != k.shape[0]
+            q, k, v = rows_of(q), rows_of(k), rows_of(v)
+            out = scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
+            return cells.flat_of(out[:, :, past:])
+        groups = q.shape[0] // k.shape[0]
+        stacked = (
+            cells.rows_of(q[:, branches.tokens]).unflatten(1, (-1, groups)).flatten(2, 3)
+        )  # as in _attend
+        mask = _looks_back(cells.width, past + cells.width, None, q.device).repeat(groups, 1)
+        out = _grouped(stacked, rows_of(k), rows_of(v), mask, scores)
+        return cells.flat_of(out.unflatten(2, (groups, -1)).flatten(1, 2))
+    seen = slice(prefix.start + max(0, past + 1 - window) if window else prefix.start, prefix.stop)
+    parts = []
+    for own in branches.places:
+        queries, keys, values = (torch.cat([t[:, seen], t[:, own]], dim=1) for t in (q, k, v))
+        out = _attend(queries if again else q[:, own], keys, values, scores, window)
+        parts.append(out[:, own.start - own.stop :])
+    return torch.cat(parts, dim=1)
 
 
 def _attend_to_cache(
@@ -202,12 +246,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, window: int | None)
     groups = heads // kv_heads
     mask = None
     if n > 1:
-        age = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
-        mask = age >= 0 if not window else (age >= 0) & (age < window)
-        mask = mask.repeat(groups, 1)
+        mask = _looks_back(n, m, window, q.device).repeat(groups, 1)
     stacked = q.reshape(kv_heads, groups * n, dim)
     out = _grouped(stacked[None], k[None], v[None], mask, scores)
     return out.reshape(heads, n, v.shape[-1])
+
+
+def _looks_back(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
+    """[n, m], true where the last n of m positions may look."""
+    age = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
+    return age >= 0 if not window else (age >= 0) & (age < window)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:

@@ -27,10 +27,12 @@ class PackedPlan:
 
     Attributes:
         lengths: tokens of each sequence in this step, in order.
-        past: tokens of each sequence already in the cache (all 0 without one).
+        past: tokens of each sequence that came before: in the cache or, in training, in its prefix.
         cache, slots: the cache and each sequence's slot in it; None and empty in training.
         families: for each sequence, a number and how many first tokens it shares with all others of that
             number at least; None for a sequence of its own. May be left empty.
+        prefixes: in training, for each sequence the one of this step that it goes on from, or None. What has
+            no prefix comes first, and what goes on from the same one lies together. May be left empty.
         positions_T, slots_T: of each token, its position in its sequence and its slot.
         windows: the sliding window that each layer asked for, written as the step runs.
     """
@@ -40,13 +42,15 @@ class PackedPlan:
     cache: SlotCache | None = None
     slots: Sequence[int] = ()
     families: Sequence[tuple[int, int] | None] = ()
+    prefixes: Sequence[int | None] = ()
     device: torch.device | str = "cpu"
     positions_T: Tensor = field(init=False)
     slots_T: Tensor = field(init=False)  # empty without a cache
     windows: dict[int, int | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.past = self.past or [0] * len(self.lengths)
+        self.prefixes = self.prefixes or [None] * len(self.lengths)
+        self.past = self.past or [0 if before is None else self.lengths[before] for before in self.prefixes]
         positions = [
             p for past, n in zip(self.past, self.lengths, strict=True) for p in range(past, past + n)
         ]
@@ -64,16 +68,29 @@ class PackedPlan:
         return [0, *accumulate(self.lengths)][:-1]
 
     @cached_property
+    def roots(self) -> list[int]:
+        """Tokens of each sequence that goes on from no other."""
+        return [n for n, before in zip(self.lengths, self.prefixes, strict=True) if before is None]
+
+    @cached_property
     def rectangle(self) -> Rectangle | None:
-        """The training step as rows of equal length, unless most of that would be padding."""
-        rows, width = len(self.lengths), max(self.lengths)
-        if rows < 2 or rows * width > 1.5 * sum(self.lengths):
-            return None
-        row_T = torch.repeat_interleave(torch.tensor(self.lengths))
-        cells_T = row_T * width + self.positions_T.cpu()
-        tokens = torch.zeros(rows * width, dtype=torch.long)
-        tokens[cells_T] = torch.arange(len(cells_T))
-        return Rectangle(rows, width, tokens.to(self.device), cells_T.to(self.device))
+        """The roots as rows of equal length, unless most of that would be padding."""
+        return Rectangle.of(self.roots, self.device)
+
+    @cached_property
+    def branches(self) -> list[Branches]:
+        """The other ones, by the prefix that they go on from."""
+        members: dict[int, list[int]] = defaultdict(list)
+        for i, before in enumerate(self.prefixes):
+            if before is not None:
+                members[before].append(i)
+        return [self._branches(before, rows) for before, rows in members.items()]
+
+    def _branches(self, before: int, rows: list[int]) -> Branches:
+        start, lengths = self.starts[rows[0]], [self.lengths[i] for i in rows]
+        prefix = slice(self.starts[before], self.starts[before] + self.lengths[before])
+        tokens = slice(start, start + sum(lengths))
+        return Branches(prefix, tokens, lengths, Rectangle.of(lengths, self.device))
 
     @cached_property
     def decoding(self) -> Decoding | None:
@@ -140,6 +157,46 @@ class Rectangle:
     width: int
     tokens: Tensor  # [rows * width], the token in each cell; any token in a padded one
     cells_T: Tensor  # the cell of each token
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Rectangle | None:
+        """Sequences that lie end to end, unless that is one, or half as much padding as tokens."""
+        rows, width = len(lengths), max(lengths)
+        if rows < 2 or rows * width > 1.5 * sum(lengths):
+            return None
+        present = torch.arange(width) < torch.tensor(lengths)[:, None]
+        cells_T = present.flatten().nonzero()[:, 0]
+        tokens = torch.zeros(rows * width, dtype=torch.long)
+        tokens[cells_T] = torch.arange(len(cells_T))
+        return cls(rows, width, tokens.to(device), cells_T.to(device))
+
+    def rows_of(self, flat: Tensor) -> Tensor:
+        """[H, T, d] as [rows, H, width, d]."""
+        return flat[:, self.tokens].unflatten(1, (self.rows, self.width)).transpose(0, 1)
+
+    def flat_of(self, rows: Tensor) -> Tensor:
+        """[rows, H, width, d] as [H, T, d]."""
+        return rows.transpose(0, 1).flatten(1, 2)[:, self.cells_T]
+
+
+@dataclass
+class Branches:
+    """Sequences of a training step that go on from one prefix."""
+
+    prefix: slice  # its tokens in the flat step
+    tokens: slice  # theirs, end to end
+    lengths: list[int]
+    rectangle: Rectangle | None  # of their own tokens
+
+    @property
+    def past(self) -> int:
+        return self.prefix.stop - self.prefix.start
+
+    @property
+    def places(self) -> list[slice]:
+        """The tokens of each of them."""
+        starts = accumulate(self.lengths, initial=self.tokens.start)
+        return [slice(start, start + n) for start, n in zip(starts, self.lengths, strict=False)]
 
 
 @dataclass

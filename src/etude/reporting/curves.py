@@ -65,10 +65,8 @@ class Chart:
         step = next(part * power for part in (0.5, 1, 2, 5) if (high - low) / (part * power) < 4)
         multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
         # A tick on the very edge may come to lie beyond it by rounding.
-        return [
-            (min(max(self._y(multiple * step), 0.0), 100.0), number(multiple * step))
-            for multiple in multiples
-        ]
+        values = [multiple * step for multiple in multiples]
+        return [(min(max(self._y(value), 0.0), 100.0), number(value)) for value in values]
 
     @property
     def lines(self) -> list[tuple[str, str]]:

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from etude.data.batch import PackedBatch, Trajectory, within_tokens
+from etude.data.batch import PackedBatch, Trajectory
+from etude.data.families import into_passes
 from etude.math.kl import KLKind, kl_estimate, kl_full
 from etude.models.forward import PolicyForward, PolicyOutput
 from etude.models.reference import reference_by_disabled_adapters
@@ -43,6 +44,8 @@ class Learner:
         max_tokens_per_pass: cut up mini-batches of more tokens, a longer trajectory by itself; None: don't.
             Processes may then differ in their number of passes: not for parameters sharded over them.
         entropy_gradient: let gradients flow through entropies, for losses with a bonus for them.
+        share_prefixes: compute what the trajectories of a pass begin with once for all of them, and put those
+            of an optimizer step that begin alike into the same passes. For models that can be packed.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Learner:
         uses_reference: bool = True,
         max_tokens_per_pass: int | None = None,
         entropy_gradient: bool = False,
+        share_prefixes: bool = True,
     ) -> None:
         self.accelerator = accelerator
         self.policy = policy
@@ -75,6 +79,8 @@ class Learner:
         self.uses_reference = uses_reference
         self.max_tokens_per_pass = max_tokens_per_pass
         self.entropy_gradient = entropy_gradient
+        unwrapped: PolicyForward = accelerator.unwrap_model(policy)
+        self.share_prefixes = share_prefixes and unwrapped.packs
 
     @torch.no_grad()
     def observe(
@@ -130,18 +136,19 @@ class Learner:
         return Experience(list(trajectories), **merged, last_values=last_values, order=rows)
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> Experience:
-        batch = PackedBatch.of(trajectories, self.accelerator.device)
-        full = self.kl_kind == "full"
+        batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
+        full = self.uses_reference and self.kl_kind == "full"
         output = self._forward(self.policy, batch, keep_logits=full)
         expected = output
         if self.uses_reference:
             with self._as_reference() as reference:
-                expected = self._forward(reference, batch, keep_logits=full)
+                expected = self._forward(reference, batch, keep_logits=full, with_values=False)
+        kl = torch.zeros_like(output.logprobs)
         if full:
             assert output.logits is not None
             assert expected.logits is not None
             kl = kl_full(output.logits, expected.logits, self.temperature)
-        else:
+        elif self.uses_reference:
             kl = kl_estimate(output.logprobs, expected.logprobs, self.kl_kind)  # type: ignore[arg-type]
         last_values = torch.zeros(len(trajectories), device=batch.mask.device)
         if output.last_values is not None:
@@ -225,14 +232,10 @@ class Learner:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _passes(self, trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[list[int]]:
-        """The trajectories at `indices`, in order, as the forward passes they take."""
-        size = self.mini_batch_size
-        minibatches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return [
-            rows
-            for minibatch in minibatches
-            for rows in within_tokens(trajectories, minibatch, self.max_tokens_per_pass)
-        ]
+        """The trajectories at `indices` as the forward passes they take; those that begin alike together."""
+        sequences = [trajectories[i].token_ids for i in indices]
+        passes = into_passes(sequences, self.mini_batch_size, self.max_tokens_per_pass, self.share_prefixes)
+        return [[indices[place] for place in places] for places in passes]
 
     def _minibatch(
         self,
@@ -242,7 +245,8 @@ class Learner:
         sequences: Tensor,
         is_last: bool,
     ) -> Minibatch:
-        batch = PackedBatch.of([experience.trajectories[i] for i in indices], self.accelerator.device)
+        trajectories = [experience.trajectories[i] for i in indices]
+        batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
         with self._synchronised(is_last):
             output = self._forward(self.policy, batch, entropy_gradient=self.entropy_gradient)
         values = torch.zeros_like(output.logprobs) if output.values is None else output.values
@@ -268,6 +272,7 @@ class Learner:
         batch: PackedBatch,
         keep_logits: bool = False,
         entropy_gradient: bool = False,
+        with_values: bool = True,
     ) -> PolicyOutput:
         with self.accelerator.autocast():
             return policy(
@@ -279,6 +284,8 @@ class Learner:
                 self.temperature,
                 keep_logits,
                 entropy_gradient,
+                batch.prefixes,
+                with_values,
             )
 
     @contextmanager

@@ -31,13 +31,14 @@ from etude.data.files import load_rows
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError
+from etude.models.value_model import ValueModel
 from etude.reporting.report import write_report
 from etude.reporting.terminal import TrainingDisplay
 from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
 from etude.sampling.draw import mix
 from etude.sampling.local import LocalSampler
-from etude.trainers.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
 from etude.trainers.episode_metrics import episode_metrics
 from etude.trainers.interrupt import interrupt_after
 from etude.trainers.online_config import OnlineConfig
@@ -74,6 +75,7 @@ class OnlineTrainer(ABC):
     config: OnlineConfig
     accelerator: Accelerator
     model: Policy
+    value_model: ValueModel | None = None
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
@@ -244,7 +246,7 @@ class OnlineTrainer(ABC):
         """The best weights, their measure, the model, the report."""
         best = run.best_checkpoint()
         if self.config.load_best_model_at_end and best is not None:
-            load_weights(self.model, best)
+            load_models(self, best)
         self._measure("after", self.test_rows, run)
         seconds = time.monotonic() - started
         report = None

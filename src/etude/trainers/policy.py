@@ -29,11 +29,13 @@ from etude.math.off_policy import importance_weights
 from etude.models.forward import PolicyForward
 from etude.models.loading import trunk_of, unwrapped
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
+from etude.models.value_model import ValueModel
 from etude.runtime.model_card import write_model_card
 from etude.sampling.draw import mix
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
+from etude.trainers.checkpoints import save_models
 from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.learner import Learner
 from etude.trainers.online import OnlineTrainer
@@ -57,6 +59,7 @@ class PolicyTrainer(OnlineTrainer):
         config: the settings.
         model: what is trained.
         tokenizer: of the model; the environment's by default.
+        value_model: what gives the values, trained with the model; by default its value head, if it has one.
         ref_model: what the KL is measured to. By default a frozen copy of `model`; for a model with
             adapters, the same model with them switched off.
         num_shared_layers: layers that the default reference shares with the model, frozen in both.
@@ -76,6 +79,7 @@ class PolicyTrainer(OnlineTrainer):
         model: Policy,
         *,
         tokenizer: PreTrainedTokenizerBase | None,
+        value_model: ValueModel | None = None,
         ref_model: nn.Module | None = None,
         num_shared_layers: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
@@ -96,6 +100,7 @@ class PolicyTrainer(OnlineTrainer):
             )
         self.config = config
         self.model = model
+        self.value_model = value_model
         self.tokenizer = tokenizer
         self.environment = environment
         self.train_dataset, self.eval_dataset, self.test_dataset = train_dataset, eval_dataset, test_dataset
@@ -109,13 +114,17 @@ class PolicyTrainer(OnlineTrainer):
         self.ref_model = self._reference(ref_model, num_shared_layers) if uses_reference else None
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
+            if value_model is not None:
+                enable_gradient_checkpointing(value_model.model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trainable:
             raise ModelError("no parameter of the model requires a gradient; load it with is_trainable=True")
         check_precision(trainable, optimizer)
         optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate)
         self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
-        policy, self.optimizer = self.accelerator.prepare(PolicyForward(model), optimizer)
+        policy, self.optimizer = self.accelerator.prepare(
+            PolicyForward(model, value_model=value_model), optimizer
+        )
         reference = None
         if self.ref_model is not None:
             reference = self.accelerator.prepare_model(PolicyForward(self.ref_model), evaluation_mode=True)
@@ -162,10 +171,11 @@ class PolicyTrainer(OnlineTrainer):
             factors.append(f"{processes} processes")
         epochs = f", {self.learner.epochs} times over" if self.learner.epochs > 1 else ""
         iterations = self.total_iterations
+        times = f"{iterations} iteration{'s' * (iterations != 1)}"
         return (
             f"batches: {played}{episodes} episodes an iteration, in steps of {step_size} "
             f"({' × '.join(factors)}){epochs}: {steps} optimizer steps; "
-            f"× {iterations} iterations = {steps * iterations} steps, {episodes * iterations} episodes"
+            f"× {times} = {steps * iterations} steps, {episodes * iterations} episodes"
         )
 
     def corrected(self, advantages_BN: Tensor, experience: Experience) -> tuple[Tensor, dict[str, float]]:
@@ -278,6 +288,10 @@ class PolicyTrainer(OnlineTrainer):
     def _reference_sampler(self) -> Iterator[LocalSampler]:
         if self.ref_model is not None:
             yield self._sampler_of_reference
+        elif not self.is_peft_model:
+            raise ConfigError(
+                "there is no reference to generate with, since no KL is measured; pass ref_model="
+            )
         else:
             with reference_by_disabled_adapters(self.model):
                 yield self._sampler_over(self.model)
@@ -310,7 +324,7 @@ class PolicyTrainer(OnlineTrainer):
             api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message)
 
     def _write_model(self, directory: str | Path, name: str) -> None:
-        self.model.save_pretrained(str(directory))  # peft takes no Path
+        save_models(self, Path(directory))
         self.tokenizer.save_pretrained(directory)
         write_model_card(
             directory,

@@ -34,22 +34,28 @@ from etude.runtime.run import RunDirectory
 from etude.trainers.clock import Clock
 from etude.trainers.columns import used_columns
 from etude.trainers.credit import Credit, gae_credit
+from etude.trainers.critic import check_vocabulary, critic_of, optimizer_of, without_own_head
 from etude.trainers.experience import Minibatch, UpdateLog
 from etude.trainers.policy import PolicyTrainer
 from etude.trainers.ppo_config import PPOConfig
-from etude.trainers.ppo_stats import minibatch_stats, step_stats
+from etude.trainers.ppo_stats import minibatch_stats, step_stats, without_reference
 from etude.trainers.setup import empty_device_cache, with_value_head
 from etude.trainers.step_checks import check_batch, check_step, finite_score
 
 
 class PPOTrainer(PolicyTrainer):
-    """PPO with a value head on the policy's trunk.
+    """PPO with a value head on the policy's trunk, or with a value model of its own.
+
+    With a fixed KL coefficient of 0 (`init_kl_coef=0, adap_kl_ctrl=False`) and no `ref_model` there is no
+    reference: nothing is copied or computed for it, and what it would be measured to is NaN in the
+    statistics.
 
     The arguments up to `lr_scheduler` are TRL 0.7.4's.
 
     Args:
         config: the settings.
-        model: with a value head; a plain causal model is given one.
+        model: with a value head; a plain causal model is given one. Beside a `value_model` it has none: one
+            that it came with is left out.
         ref_model: what the KL is measured to. By default a frozen copy of `model`; for a model with
             adapters, the same model with them switched off.
         tokenizer: of the model; the environment's by default.
@@ -58,6 +64,10 @@ class PPOTrainer(PolicyTrainer):
         data_collator: of `dataloader`.
         num_shared_layers: layers that the default reference shares with the model, frozen in both.
         lr_scheduler: stepped once per `step`; by default made from the config.
+        value_model: what gives the values, instead of a head on the policy's trunk. A language model (which
+            gets a fresh head), a value-head model, a reward model (a sequence classifier with one label,
+            whose score becomes the value), a `ValueModel`, or the directory or hub id of one. It is trained
+            beside the policy, and saved in `value_model` in the policy's directory.
         environment: what `train()` plays in.
         train_dataset: tasks that `train()` learns from: rows, a `datasets` object, a file, a hub id.
         eval_dataset: validation tasks, by which the best checkpoint is chosen.
@@ -66,7 +76,6 @@ class PPOTrainer(PolicyTrainer):
 
     method = "ppo"
     config: PPOConfig
-    model: AutoModelForCausalLMWithValueHead
 
     def __init__(
         self,
@@ -80,6 +89,7 @@ class PPOTrainer(PolicyTrainer):
         num_shared_layers: int | None = None,
         lr_scheduler: Any = None,
         *,
+        value_model: Any = None,
         environment: TextEnvironment | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -87,13 +97,22 @@ class PPOTrainer(PolicyTrainer):
     ) -> None:
         if not isinstance(config, PPOConfig):
             raise ConfigError(f"config is a {type(config).__name__}; expected a PPOConfig")
+        policy = with_value_head(model) if value_model is None else without_own_head(model)
+        critic = None if value_model is None else critic_of(value_model, policy)
+        uses_reference = ref_model is not None or config.adap_kl_ctrl or config.init_kl_coef != 0
+        if num_shared_layers is not None and not uses_reference:
+            raise ConfigError(
+                "num_shared_layers is of the reference, and with init_kl_coef=0 and without adap_kl_ctrl "
+                "there is none; leave it out"
+            )
         super().__init__(
             config,
-            with_value_head(model),
+            policy,
             tokenizer=tokenizer,
+            value_model=critic,
             ref_model=ref_model,
             num_shared_layers=num_shared_layers,
-            optimizer=optimizer,
+            optimizer=optimizer_of(config, policy, critic, optimizer),
             lr_scheduler=lr_scheduler,
             environment=environment,
             train_dataset=train_dataset,
@@ -101,7 +120,10 @@ class PPOTrainer(PolicyTrainer):
             test_dataset=test_dataset,
             epochs=config.ppo_epochs,
             kl_kind={"kl": "k1", "mse": "k2"}.get(config.kl_penalty, config.kl_penalty),
+            uses_reference=uses_reference,
         )
+        if critic is not None:
+            check_vocabulary(critic, self.tokenizer)
         self.is_encoder_decoder = False
         self._fill_in_config()
         self.kl_ctl: KLController = (
@@ -152,10 +174,14 @@ class PPOTrainer(PolicyTrainer):
         stats: dict[str, Any] = {"ppo/mean_scores": scores_B.mean().item(), "objective/kl": 0.0}
         if experience.mask.any():
             stats = step_stats(experience, credit, scores_B, log, kl_coef) | gap
-            stats |= {"kl": stats["objective/kl"], "loss": stats["ppo/loss/total"]}
+            stats["loss"] = stats["ppo/loss/total"]
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        kl = self.accelerator.reduce(torch.tensor(stats["objective/kl"], device=self.current_device), "mean")
-        self.kl_ctl.update(float(kl), config.batch_size * self.accelerator.num_processes)
+        if self.learner.uses_reference:
+            stats["kl"] = stats["objective/kl"]
+            kl = self.accelerator.reduce(torch.tensor(stats["kl"], device=self.current_device), "mean")
+            self.kl_ctl.update(float(kl), config.batch_size * self.accelerator.num_processes)
+        else:
+            stats |= without_reference(stats)
         self.lr_scheduler.step()
         clock.lap("calc_stats")
         return {**stats, **clock.laps()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -72,6 +73,12 @@ def step_stats(
             stacklevel=3,
         )
     return stats
+
+
+def without_reference(stats: dict[str, Any]) -> dict[str, Any]:
+    """NaN for what is measured to a reference: 0 would say that the policy hadn't moved from one."""
+    unknown = ("objective/kl", "objective/kl_dist", "objective/kl_penalty", "objective/ref_logprobs")
+    return {name: stats[name] * math.nan for name in unknown if name in stats}
 
 
 def minibatch_stats(
