@@ -19,13 +19,17 @@ _EXPORTS = {
     "create_reference_model": "etude.models.reference",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
+    "Experience": "etude.trainers.experience",
     "FunctionReward": "etude.rewards.function",
+    "GroupConfig": "etude.trainers.group_config",
+    "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
     "IterativeSFTConfig": "etude.trainers.group_config",
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
+    "Minibatch": "etude.trainers.experience",
     "OverlongPenalty": "etude.rewards.overlong",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
@@ -38,6 +42,7 @@ _EXPORTS = {
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
     "SamplingParams": "etude.types",
+    "Scores": "etude.trainers.group",
     "Segment": "etude.types",
     "set_seed": "transformers.trainer_utils",
     "SFTConfig": "etude.trainers.sft_config",
@@ -70,6 +75,11 @@ if TYPE_CHECKING:
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler
     from etude.sampling.local import LocalSampler as LocalSampler
+    from etude.trainers.experience import Experience as Experience
+    from etude.trainers.experience import Minibatch as Minibatch
+    from etude.trainers.group import GroupTrainer as GroupTrainer
+    from etude.trainers.group import Scores as Scores
+    from etude.trainers.group_config import GroupConfig as GroupConfig
     from etude.trainers.group_config import GRPOConfig as GRPOConfig
     from etude.trainers.group_config import IterativeSFTConfig as IterativeSFTConfig
     from etude.trainers.group_config import ReinforceConfig as ReinforceConfig
