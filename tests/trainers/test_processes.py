@@ -101,6 +101,51 @@ trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
 
+ALGORITHMS = """
+import sys, torch
+import etude
+from transformers import AutoTokenizer
+from etude.models.loading import load_causal_lm
+from etude.data.batch import Trajectory
+from etude.types import NamedReward
+from safetensors.torch import save_file
+
+directory, processes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
+generator = torch.Generator().manual_seed(2)
+ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
+rows = [Trajectory.of_response(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+for i, row in enumerate(rows):
+    row.rewards = (NamedReward("end", float(i % 3)), NamedReward("form", float(i % 2), 0.5))
+    row.score = sum(reward.weighted for reward in row.rewards)
+for row in rows[5:]:  # the second process's only
+    row.rewards += (NamedReward("turn", 1.0, position=int(row.sampled[1])),)
+    row.score += 1.0
+kinds = {
+    "process": ("GRPO", {"scale_rewards": "batch"}),
+    "several": ("GRPO", {"multi_objective_aggregation": "normalize_then_sum"}),
+    "rloo": ("RLOO", {"beta": 0.0, "normalize_advantages": True}),
+    "reinforce": ("Reinforce", {"normalize_advantages": True, "entropy_coef": 0.1}),
+    "plus_plus": ("ReinforcePlusPlus", {"beta": 0.0}),
+    "imitate": ("IterativeSFT", {"keep_best": 1}),
+}
+for name, (kind, settings) in kinds.items():
+    model = load_causal_lm(f"{directory}/model", dtype="float64")
+    config = getattr(etude, kind + "Config")(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4 // processes, max_grad_norm=0.5,
+        **({} if "Reinforce" in kind else {"num_generations": 4}), **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = getattr(etude, kind + "Trainer")(
+        model, config, processing_class=tokenizer, optimizers=(optimizer, None))
+    rank = trainer.accelerator.process_index
+    trainer.learn(rows[rank * 8 // processes:(rank + 1) * 8 // processes])
+    if rank == 0:
+        save_file(model.state_dict(), f"{directory}/{name}-{processes}.safetensors")
+    trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
 
 def launch(processes, *arguments, cwd=ROOT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -165,6 +210,20 @@ def test_two_processes_end_in_the_weights_of_one(model_directory, script, batch)
     assert moved > 1e-3
     for name, parameter in one.items():
         torch.testing.assert_close(parameter, two[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_every_algorithm_compares_the_episodes_of_all_processes(model_directory):
+    """Statistics over the batch are those of both, also where only one has rewards at turns."""
+    (model_directory / "step.py").write_text(ALGORITHMS)
+    for processes in (1, 2):
+        done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
+        assert done.returncode == 0, done.stderr[-3000:]
+    before = load_file(model_directory / "model" / "model.safetensors")
+    for name in ("process", "several", "rloo", "reinforce", "plus_plus", "imitate"):
+        one, two = (load_file(model_directory / f"{name}-{count}.safetensors") for count in (1, 2))
+        assert max((one[key] - before[key].double()).abs().max().item() for key in one) > 1e-3
+        for key, parameter in one.items():
+            torch.testing.assert_close(parameter, two[key], atol=1e-6, rtol=0, msg=f"{name} {key}")
 
 
 @pytest.fixture
