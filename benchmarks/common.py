@@ -132,6 +132,9 @@ class Side:
             self.process.communicate()  # end of input ends the worker
 
 
+SideFactory = Callable[[], Side]
+
+
 class Stopwatch:
     """Wall and CPU seconds of a `with` block; CPU seconds above the wall's mean that a second core worked."""
 
@@ -180,6 +183,23 @@ def alternate(sides: Sequence[Side], requests: Sequence[Mapping[str, Any]]) -> d
             answers[side.name].append(answer)
             print(f"  {side.name:<14} run {number}  {answer['seconds']:8.2f} s", flush=True)
     return answers
+
+
+def peaks(sides: Mapping[str, SideFactory], request: Mapping[str, Any], runs: int) -> Json:
+    """Each side's "bytes", median over runs, each run in a process of its own: a peak is measured once."""
+    answers: dict[str, list[Json]] = {name: [] for name in sides}
+    about: Json = {}
+    for _ in range(runs):
+        started = []
+        for name, start in sides.items():
+            with start() as side:
+                answers[name] += alternate([side], [request])[name]
+            started.append(side)
+        check_comparable(*started)
+        about = {side.name: side.about for side in started}
+    bytes_ = {name: median(answer["bytes"] for answer in runs_) for name, runs_ in answers.items()}
+    print("  " + ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in bytes_.items()))
+    return {"peak_bytes": bytes_, "settings": dict(request), "sides": about, "runs": answers}
 
 
 def check_comparable(*sides: Side) -> None:

@@ -6,35 +6,23 @@ A process measures once: what one update made it take, it doesn't give back for 
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 from functools import partial
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.common import Answer, Stopwatch, serve
 from benchmarks.scripted import describe
+from benchmarks.wide import WIDE_VOCABULARY, peak_bytes, random_episodes
 from etude.data.batch import Trajectory
 from etude.models.forward import PolicyForward
 from etude.models.head import CHUNK_BYTES
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.trainers.learner import Learner, Minibatch
-
-# As small as a model with such a vocabulary may be: it is the logits that are measured.
-WIDE_VOCABULARY = LlamaConfig(
-    vocab_size=150_000,
-    hidden_size=256,
-    intermediate_size=688,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=4096,
-    tie_word_embeddings=True,
-)
+from etude.trainers.experience import Minibatch
+from etude.trainers.learner import Learner
 
 
 def update(policy: PolicyForward, before: int, request: dict[str, Any]) -> dict[str, Any]:
@@ -54,14 +42,10 @@ def update(policy: PolicyForward, before: int, request: dict[str, Any]) -> dict[
         kl_kind="k1",
     )
     generator = torch.Generator().manual_seed(0)
-    tokens, vocabulary = request["tokens"], WIDE_VOCABULARY.vocab_size
+    sampled = torch.arange(request["tokens"] // 2, request["tokens"])
     trajectories = [
-        Trajectory(
-            torch.randint(0, vocabulary, (tokens,), generator=generator),
-            torch.arange(tokens // 2, tokens),
-            score=1.0,
-        )
-        for _ in range(request["episodes"])
+        Trajectory(token_ids, sampled, score=1.0)
+        for token_ids in random_episodes(request["episodes"], request["tokens"])
     ]
     with Stopwatch() as watch:
         log = learner.update(learner.observe(trajectories), policy_gradient, generator)
@@ -73,12 +57,6 @@ def policy_gradient(minibatch: Minibatch) -> tuple[torch.Tensor, dict[str, torch
     errors = (minibatch.values - 1) ** 2 - advantages * minibatch.logprobs
     loss = (errors * minibatch.observed.mask).sum() / minibatch.denominator
     return loss, {"loss": loss}
-
-
-def peak_bytes() -> int:
-    """The most that this process has had in memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def start(whole: bool) -> tuple[dict[str, Any], Answer]:

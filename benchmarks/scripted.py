@@ -111,6 +111,7 @@ class Shape:
         tasks: different prompts.
         samples: episodes of each task, with texts and lengths of their own.
         examples: worked examples in the preamble.
+        call_end, answer_end: what a turn ends with that calls a tool, or submits.
     """
 
     tasks: int = 32
@@ -119,6 +120,8 @@ class Shape:
     prompt_words: tuple[int, int] = (40, 120)
     turn_words: tuple[int, int] = (16, 64)
     examples: int = 0
+    call_end: str = "<call>"
+    answer_end: str = "<submit>"
 
     @property
     def episodes(self) -> int:
@@ -139,8 +142,8 @@ def write_script(tokenizer: Tokenizer, shape: Shape, seed: int) -> Script:
 
     def one_example() -> str:
         word = words.choice(first)
-        turn = f"<request><Echo>{word}<call>{echo(word)}<response>"
-        return f"{words.choice(first)}{some_words((8, 8))}?\n\n{turn}\n\n{word}<submit>\n\n"
+        turn = f"<request><Echo>{word}{shape.call_end}{echo(word)}<response>"
+        return f"{words.choice(first)}{some_words((8, 8))}?\n\n{turn}\n\n{word}{shape.answer_end}\n\n"
 
     def one_episode(task: str, opening: str) -> ScriptedEpisode:
         prompt_ids = tokenizer.encode(preamble + task).ids
@@ -153,10 +156,11 @@ def write_script(tokenizer: Tokenizer, shape: Shape, seed: int) -> Script:
 
         for turn in range(1, shape.turns + 1):
             word = words.choice(first)
-            call = f"<request><Echo>{word}<call>" if turn < shape.turns else f" {word}<submit>"
+            calls = turn < shape.turns
+            end = f"<request><Echo>{word}{shape.call_end}" if calls else f" {word}{shape.answer_end}"
             start = f" {opening}" if turn == 1 else ""
-            append(start + some_words(shape.turn_words) + call, by_model=True)
-            if turn < shape.turns:
+            append(start + some_words(shape.turn_words) + end, by_model=True)
+            if calls:
                 append(echo(word) + "<response>", by_model=False)
         return ScriptedEpisode(task, task_start, len(prompt_ids), token_ids, mask)
 
@@ -185,10 +189,10 @@ class ForcedTokens:
     """A logits processor that leaves each row the next token of its script.
 
     A row is recognised by its task's first token and the first token it sampled, and its place in the script
-    is its length; left padding counts for neither. A row that has sampled nothing gets the next script of its
-    task that nobody plays yet: each is handed out once. Where a batch goes on after a row's turn has ended,
-    that row runs on along its script, and past the script's end repeats its last token: the caller cuts
-    these tokens off.
+    is its length; padding, left or right, counts for neither. A row that has sampled nothing gets the next
+    script of its task that nobody plays yet: each is handed out once. Where a batch goes on after a row's
+    turn has ended, that row runs on along its script, and past the script's end repeats its last token: the
+    caller cuts these tokens off, or writes padding over them.
 
     One row alone is never padded, and is served without counting: a library that asks row by row shouldn't
     be timed for that.
@@ -205,8 +209,11 @@ class ForcedTokens:
 
     def __call__(self, input_ids_BT: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         rows, width = input_ids_BT.shape
-        lengths_B = [width] if rows == 1 else (input_ids_BT != self.pad_token_id).sum(dim=1).tolist()
-        next_B = [self._next(ids_T, width - n, n) for ids_T, n in zip(input_ids_BT, lengths_B, strict=True)]
+        lengths_B, starts_B = [width], [0]
+        if rows > 1:
+            tokens_BT = (input_ids_BT != self.pad_token_id).int()
+            lengths_B, starts_B = tokens_BT.sum(dim=1).tolist(), tokens_BT.argmax(dim=1).tolist()
+        next_B = [self._next(*row) for row in zip(input_ids_BT, starts_B, lengths_B, strict=True)]
         next_B1 = torch.tensor(next_B, device=scores_BV.device)[:, None]
         return torch.full_like(scores_BV, -torch.inf).scatter_(1, next_B1, scores_BV.gather(1, next_B1))
 

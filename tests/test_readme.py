@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import AutoModelForSequenceClassification
 
+from etude.app.references import load_object
+from etude.rewards.function import as_reward
 from etude.tools.calculator import calculator
 
 ROOT = Path(__file__).parents[1]
@@ -68,3 +72,29 @@ summary = PPOTrainer(config, model, environment=env, train_dataset=tasks).train(
 def test_migrating(names):
     [imports] = snippets("docs/migrating.md")
     exec(imports, names)
+
+
+def test_rewards(names, make_llama):
+    """Every environment of the page plays; every reward on it scores."""
+    tokenizer = names["tokenizer"]
+    config = make_llama().config
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained("reward-model")
+    tokenizer.save_pretrained("reward-model")
+    names |= {"model": make_llama(), "calculator": calculator, "unwanted": set(range(30))}
+    scored = set()
+    for snippet in snippets("docs/rewards.md"):
+        exec(snippet, names)
+        [*_, [history]] = names["env"].run(["what is 1+1?"], answer=[2])
+        scored |= {given.name for given in history.episode.rewards}
+    assert scored == {
+        *("exact", "brevity", "classifier", "no_repetition", "dislikes"),
+        *("tool_errors", "overlong", "share"),
+    }
+
+
+def test_rewards_on_the_command_line(names):
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/rewards.md").read_text("utf-8"), re.DOTALL)
+    Path("rewards.py").write_text("def exact(completions): ...\n", encoding="utf-8")
+    found = [as_reward(load_object(reference)).name for reference in yaml.safe_load(text)["reward"]]
+    assert found == ["exact", "tool_errors", "overlong"]

@@ -34,6 +34,18 @@ def test_masks_are_by_source_and_not_by_role():
     assert [(start, end) for start, end, _ in episode.spans()] == [(0, 3), (3, 5), (5, 6), (6, 9), (9, 10)]
 
 
+def test_totals_are_sums_by_name():
+    episode = example()
+    episode.rewards += [NamedReward("style", -2.0, 0.2, position=4), NamedReward("n/a", None, position=7)]
+    assert episode.reward_totals == {
+        "exact": NamedReward("exact", 1.0),
+        "style": NamedReward("style", -1.5, 0.2),
+        "n/a": NamedReward("n/a", None),
+    }
+    assert episode.reward == pytest.approx(1.0 - 0.3)
+    assert episode.rewards[1].value == 0.5, "totals are copies"
+
+
 def test_replayed_model_tokens_are_not_sampled():
     assert not Segment("model", "a", [1]).sampled
     assert not Segment("model", "a", [1], logprobs=[-1.0]).sampled

@@ -12,23 +12,37 @@ __version__ = "0.1.0"
 
 # name -> module that defines it. tests/test_exports.py holds this table against the modules.
 _EXPORTS = {
+    "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
     "BestOfNSampler": "etude.sampling.best_of_n",
     "ClassifierReward": "etude.rewards.classifier",
     "create_reference_model": "etude.models.reference",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
+    "Experience": "etude.trainers.experience",
     "FunctionReward": "etude.rewards.function",
+    "GroupConfig": "etude.trainers.group_config",
+    "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "IterativeSFTConfig": "etude.trainers.group_config",
+    "IterativeSFTTrainer": "etude.trainers.iterative_sft",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
+    "Minibatch": "etude.trainers.experience",
+    "OverlongPenalty": "etude.rewards.overlong",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
+    "ReinforceConfig": "etude.trainers.group_config",
+    "ReinforcePlusPlusConfig": "etude.trainers.group_config",
+    "ReinforcePlusPlusTrainer": "etude.trainers.reinforce_plus_plus",
+    "ReinforceTrainer": "etude.trainers.reinforce",
+    "reward": "etude.rewards.function",
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
     "SamplingParams": "etude.types",
+    "Scores": "etude.trainers.group",
     "Segment": "etude.types",
     "set_seed": "transformers.trainer_utils",
     "SFTConfig": "etude.trainers.sft_config",
@@ -36,6 +50,8 @@ _EXPORTS = {
     "StopReason": "etude.types",
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
+    "ToolErrorPenalty": "etude.rewards.tool_errors",
+    "ValueModel": "etude.models.value_model",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -48,17 +64,33 @@ if TYPE_CHECKING:
     from etude.errors import EtudeError as EtudeError
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
+    from etude.models.value_model import ValueModel as ValueModel
+    from etude.rewards.adapter import AdapterReward as AdapterReward
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
+    from etude.rewards.function import reward as reward
+    from etude.rewards.overlong import OverlongPenalty as OverlongPenalty
+    from etude.rewards.tool_errors import ToolErrorPenalty as ToolErrorPenalty
     from etude.runtime.run import RunDirectory as RunDirectory
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler
     from etude.sampling.local import LocalSampler as LocalSampler
+    from etude.trainers.experience import Experience as Experience
+    from etude.trainers.experience import Minibatch as Minibatch
+    from etude.trainers.group import GroupTrainer as GroupTrainer
+    from etude.trainers.group import Scores as Scores
+    from etude.trainers.group_config import GroupConfig as GroupConfig
     from etude.trainers.group_config import GRPOConfig as GRPOConfig
+    from etude.trainers.group_config import IterativeSFTConfig as IterativeSFTConfig
+    from etude.trainers.group_config import ReinforceConfig as ReinforceConfig
+    from etude.trainers.group_config import ReinforcePlusPlusConfig as ReinforcePlusPlusConfig
     from etude.trainers.group_config import RLOOConfig as RLOOConfig
     from etude.trainers.grpo import GRPOTrainer as GRPOTrainer
+    from etude.trainers.iterative_sft import IterativeSFTTrainer as IterativeSFTTrainer
     from etude.trainers.ppo import PPOTrainer as PPOTrainer
     from etude.trainers.ppo_config import PPOConfig as PPOConfig
+    from etude.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
+    from etude.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
     from etude.trainers.rloo import RLOOTrainer as RLOOTrainer
     from etude.trainers.sft import SFTTrainer as SFTTrainer
     from etude.trainers.sft_config import SFTConfig as SFTConfig

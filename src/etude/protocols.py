@@ -71,13 +71,19 @@ class Tool(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Something that scores episodes."""
+    """Something that scores episodes.
+
+    An attribute `level` says what it scores: each "episode" as a whole, which is also meant where there is no
+    such attribute, each "turn" of the model, or each "token" that was sampled.
+    """
 
     name: str
     weight: float
 
-    async def __call__(self, episodes: Sequence[Episode]) -> list[float | None]:
+    async def __call__(self, episodes: Sequence[Episode]) -> Sequence[float | Sequence[float | None] | None]:
         """One score per episode, in order; None where the reward does not apply.
+
+        At the levels "turn" and "token" a score is a sequence: a number or None for each of the episode's.
 
         Raises:
             RewardError: a score is NaN or infinite, or there are too few or too many.

@@ -59,6 +59,13 @@ class StopPolicy:
     reward: Literal["keep", "clamp", "drop"] = "keep"
     train: bool = True
 
+    def __post_init__(self) -> None:
+        if self.reward not in ("keep", "clamp", "drop"):
+            raise ValueError(f"reward is {self.reward!r}; expected keep, clamp or drop")
+        for name in ("bootstrap", "train"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+
 
 # Limits that hold at evaluation too (turns, tokens, tool calls) are part of the task: terminal, scored
 # as they stand. Only interruptions from outside bootstrap. What our side broke is never trained on.
@@ -264,6 +271,16 @@ class Episode:
     def reward(self) -> float:
         """Weighted sum of all rewards that apply."""
         return math.fsum(reward.weighted for reward in self.rewards)
+
+    @property
+    def reward_totals(self) -> dict[str, NamedReward]:
+        """By name, the sum of its values over the episode; None where none of them applies."""
+        totals: dict[str, NamedReward] = {}
+        for reward in self.rewards:
+            total = totals.setdefault(reward.name, NamedReward(reward.name, None, reward.weight))
+            if reward.value is not None:
+                total.value = reward.value + (total.value or 0.0)
+        return totals
 
     def spans(self) -> Iterator[tuple[int, int, Segment]]:
         """(first token, one past the last token, segment) for each segment."""

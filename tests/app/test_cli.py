@@ -109,7 +109,11 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "message"),
     [
         (["ppp"], "unknown command 'ppp'; did you mean ppo?"),
-        (["--config", "run.yaml"], "unknown command '--config'; expected one of sft, ppo, grpo, rloo"),
+        (
+            ["--config", "run.yaml"],
+            "unknown command '--config'; expected one of sft, ppo, grpo, rloo, reinforce, "
+            "reinforce_plus_plus, iterative_sft",
+        ),
         (["ppo", "--learnin_rate", "1"], "unknown option --learnin_rate; did you mean --learning_rate?"),
     ],
 )

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from etude.app.cli import main
-from etude.models.loading import load_tokenizer
+from etude.models.loading import current_peft, load_tokenizer
 from etude.runtime.run import RunDirectory
 
 REWARDS = """
@@ -91,6 +93,22 @@ def test_ppo_trains_as_the_file_and_the_command_line_say(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_rewards_with_arguments(workplace: Path) -> None:
+    rewards = ["rewards.py:share_of_digits", "etude:OverlongPenalty(9, cache_length=4, weight=0.5)"]
+    rewards += ["etude:ToolErrorPenalty(weight=0.25)"]
+    short = ["--generation.max_new_tokens=8", "--steps=4", "--eval_steps=0"]
+    assert main(["ppo", "--config=ppo.yaml", *short, "--reward", *rewards]) == 0
+    run = RunDirectory("runs/ppo")
+    names = {"share_of_digits", "overlong", "tool_errors"}
+    assert {f"rewards/{name}" for name in names} <= run.read_metrics()[0].keys()
+    for episode in run.read_episodes(split="train"):
+        totals = episode.reward_totals
+        assert totals.keys() == names
+        excess = max(sum(episode.sampled) - 5, 0)
+        assert totals["overlong"].value == -min(excess / 4, 1.0)
+        assert (totals["overlong"].weight, totals["tool_errors"].weight) == (0.5, 0.25)
+
+
 def test_ppo_goes_on_from_where_it_was(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["ppo", "--config=ppo.yaml", "--generation.max_new_tokens=8", "--eval_steps=0", "--save_steps=1"]
     assert main([*short, "--output_dir=runs/whole"]) == 0
@@ -101,6 +119,57 @@ def test_ppo_goes_on_from_where_it_was(workplace: Path, capsys: pytest.CaptureFi
     whole, halves = weights(workplace / "runs/whole"), weights(workplace / "runs/halves")
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     assert len(RunDirectory("runs/halves").read_metrics()) == 2
+
+
+def test_ppo_trains_a_value_model_beside_the_policy(workplace: Path, make_gpt2: Any) -> None:
+    make_gpt2(7).save_pretrained(workplace / "critic")
+    options = ["--generation.max_new_tokens=8", "--steps=4", "--init_kl_coef=0", "--adap_kl_ctrl=false"]
+    value = ["--value_model=critic", "--value_learning_rate=1e-2"]
+    assert main(["ppo", "--config=ppo.yaml", *options, *value]) == 0
+    before, after = weights(workplace / "critic"), weights(workplace / "runs/ppo/value_model")
+    moved = [name for name in after if not torch.equal(before[f"transformer.{name}"], after[name])]
+    assert moved
+    assert (workplace / "runs/ppo/value_model/value_head.safetensors").exists()
+    assert not (workplace / "runs/ppo/value_head.safetensors").exists()
+    run = RunDirectory("runs/ppo")
+    assert run.read_config()["value_model"] == "critic"
+    [row] = [row for row in run.read_metrics() if "reward" in row]
+    assert row["objective/kl"] is None, "no reference, no KL"
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_the_reward_is_an_adapter_on_the_same_base(
+    workplace: Path, model_directory: Path, command: str
+) -> None:
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        model_directory, num_labels=1, pad_token_id=0
+    )
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with current_peft():
+        reward_model = get_peft_model(classifier, config).eval()
+    reward_model.save_pretrained(workplace / "judge")
+    settings = yaml.safe_load((workplace / "ppo.yaml").read_text())
+    del settings["reward"]
+    settings |= {
+        "reward_adapter": "judge",
+        "use_peft": True,
+        "output_dir": f"runs/{command}",
+        "eval_steps": 0,
+    }
+    if command == "grpo":
+        for name in ("batch_size", "mini_batch_size", "ppo_epochs", "steps"):
+            del settings[name]
+        settings |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_steps": 2, "save_steps": 1}
+    (workplace / "judged.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert main([command, "--config=judged.yaml", "--generation.max_new_tokens=8"]) == 0
+    played = RunDirectory(f"runs/{command}").read_episodes(split="train")
+    assert played
+    for episode in played:
+        with torch.no_grad():
+            score = reward_model(input_ids=torch.tensor([episode.token_ids])).logits.item()
+        assert episode.reward == pytest.approx(score, abs=1e-4)
+    names = {path.name for path in (workplace / "runs" / command).rglob("*") if path.is_dir()}
+    assert not any("reward" in name for name in names), "the policy is saved without its judge"
 
 
 def test_ppo_trains_an_adapter(workplace: Path) -> None:

@@ -1,4 +1,4 @@
-"""`etude grpo` and `etude rloo`, whole runs on a tiny model."""
+"""`etude grpo`, `etude rloo` and their relatives, whole runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etude.app.cli import main
 from etude.runtime.run import RunDirectory
 
 
-@pytest.mark.parametrize("command", ["grpo", "rloo"])
+@pytest.mark.parametrize("command", ["grpo", "rloo", "reinforce", "reinforce_plus_plus", "iterative_sft"])
 def test_a_group_algorithm_from_the_command_line(
     command: str,
     tmp_path: Path,
@@ -43,7 +43,7 @@ def test_a_group_algorithm_from_the_command_line(
         "per_device_train_batch_size": 4,
         "num_train_epochs": 1,
         "learning_rate": 1e-3,
-        "beta": 0.05,
+        **({"beta": 0.05} if command != "iterative_sft" else {}),
         **({"scale_rewards": "none", "loss_type": "grpo"} if command == "grpo" else {}),
     }
     assert main([command, *(f"--{name}={value}" for name, value in options.items())]) == 0
@@ -56,6 +56,6 @@ def test_a_group_algorithm_from_the_command_line(
     assert f"{command}" in Path("run/README.md").read_text(encoding="utf-8")
 
     assert (
-        main([command, *(f"--{name}={value}" for name, value in options.items()), "--num_generations=1"]) == 2
+        main([command, *(f"--{name}={value}" for name, value in options.items()), "--num_generations=0"]) == 2
     )
-    assert "num_generations is 1" in capsys.readouterr().err
+    assert "num_generations is 0" in capsys.readouterr().err

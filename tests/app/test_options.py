@@ -66,7 +66,7 @@ class PetArguments:
 
 
 def test_types_are_written_out() -> None:
-    options = describe_options(Command("", {"Pets": f"{__file__}:PetArguments"}))
+    options = describe_options(Command("", {"Pets": f"{__file__}:PetArguments"}, "pets"))
     assert {name: option.type for name, option in options.items()} == {
         "plain": "int",
         "optional": "float | None",
@@ -107,6 +107,6 @@ def test_what_an_option_takes() -> None:
 
 def test_a_command_can_require_what_its_class_doesnt() -> None:
     classes = {"Pets": f"{__file__}:PetArguments"}
-    options = describe_options(Command("", classes, required=("pace",)))
+    options = describe_options(Command("", classes, "pets", required=("pace",)))
     assert [name for name, option in options.items() if option.required] == ["plain", "pace"]
     assert read_options("ppo")["output_dir"].required

@@ -122,3 +122,34 @@ def test_short_names_that_nothing_has() -> None:
     assert refusal("calculater", "etude.tools") == message
     # A module of ours, but no tool: its name is not offered.
     assert "did you mean" not in refusal("contract", "etude.tools")
+
+
+def test_arguments_make_an_object(workshop: Path) -> None:
+    assert load_object("my_tools.py:Box()").content == 3
+    assert load_object("my_tools.py:Box(content=(5))").content == 5
+    assert load_object("./my_tools.py:Box('a:b(c)')").content == "a:b(c)"
+    penalty = load_object("etude:OverlongPenalty(512, cache_length=128, weight=0.5)", "etude.rewards")
+    assert (penalty.max_length, penalty.cache_length, penalty.weight) == (512, 128, 0.5)
+    assert load_object("calculator('1+2')", "etude.tools") == load_object("calculator", "etude.tools")("1+2")
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (
+            "my_tools.py:Box(contents=1)",
+            "my_tools.py:Box can't be called with (contents=1): got an unexpected",
+        ),
+        ("etude:OverlongPenalty(5)", "can't be called with (5): missing a required argument: 'cache_length'"),
+        ("my_tools.py:Box(other)", "the arguments of my_tools.py:Box(other) can't be read; expected numbers"),
+        ("my_tools.py:Box(1, *[2])", "can't be read"),
+        ("my_tools.py:Box(**{'content': 1})", "can't be read"),
+        ("my_tools.py:Box(1)+Box(2)", "can't be read"),
+        ("my_tools.py:Box(1).x(2)", "can't be read"),
+        ("my_tools.py:Box(1", "there is no 'Box(1' in my_tools.py; did you mean Box?"),
+        ("my_tools.py:calls()", "my_tools.py:calls is [], which takes no arguments; leave out ()"),
+        ("my_tools.py:Bax(1)", "there is no 'Bax' in my_tools.py; did you mean Box?"),
+    ],
+)
+def test_arguments_that_make_none(workshop: Path, reference: str, message: str) -> None:
+    assert message in refusal(reference)

@@ -12,6 +12,8 @@ from etude.environments.history import TextHistory
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, EnvironmentSetupError, RewardError, SamplerError, ToolError
 from etude.protocols import Environment
+from etude.rewards.function import reward
+from etude.rewards.tool_errors import ToolErrorPenalty
 from etude.runtime.loop import run_sync
 from etude.sampling.local import LocalSampler
 from etude.types import Episode, NamedReward, StopReason
@@ -384,6 +386,27 @@ def test_several_rewards(make_env):
     env = make_env({"go": ["=3<submit>"]}, rewards=[brevity, never])
     [episode] = play(env, "go")
     assert {r.name: r.value for r in episode.rewards} == {"brevity": -10.0, "never": None, "exact": 1.0}
+
+
+def test_rewards_within_an_episode(make_env, tokenizer):
+    @reward(level="token", weight=0.5)
+    def threes(token_ids):
+        return [[1.0 if token == tokenizer.vocab["3"] else None for token in tokens] for tokens in token_ids]
+
+    env = make_env(
+        {"go": ["<request><calc>1-2<call>", CALL, "=3<submit>"]}, rewards=[ToolErrorPenalty(0.1), threes]
+    )
+    [episode] = play(env, "go")
+    ends = [end for _, end, segment in episode.spans() if segment.source == "model"]
+    assert episode.rewards == [
+        NamedReward("tool_errors", -1.0, 0.1, ends[0] - 1),
+        NamedReward("tool_errors", 0.0, 0.1, ends[1] - 1),
+        NamedReward("threes", 1.0, 0.5, len(episode) - 2),
+        NamedReward("exact", 1.0),
+    ]
+    assert tokenizer.decode(episode.token_ids[ends[0] - 1]) == "<call>"
+    assert tokenizer.decode(episode.token_ids[len(episode) - 2]) == "3"
+    assert episode.reward == pytest.approx(-0.1 + 0.5 + 1)
 
 
 def test_a_nan_reward_is_named(make_env):

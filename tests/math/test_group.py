@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import ConfigError, DataError
-from etude.math.group import batch_advantages, group_advantages, leave_one_out_advantages
+from etude.math.group import (
+    batch_advantages,
+    decoupled_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+)
 
 SCORES = st.lists(st.floats(-10, 10), min_size=2, max_size=6)
 KINDS = {
@@ -65,6 +70,50 @@ def test_groups_need_not_lie_together():
     scores, mixed = double([1, 10, 3, 30, 5]), torch.tensor([0, 1, 0, 1, 0])
     assert group_advantages(scores, mixed, scale="none").tolist() == [-2.0, -10.0, 0.0, 10.0, 2.0]
     assert leave_one_out_advantages(scores, mixed).tolist() == [-3.0, -20.0, 0.0, 20.0, 3.0]
+
+
+def test_decoupled_by_hand():
+    # First reward: −2, 0, 2 over a deviation of 2, and constant. Second: ±1 over √2 for those it applies to,
+    # and ±2 over 2√2. With weights 1 and 2 the sums of the first group are −1, √2 and 1 − √2, those of
+    # the second −√2 and √2 (but for the 1e-4), of mean 0; over n − 1. No reward applies to the last.
+    none = float("nan")
+    rewards = double([[1, none], [3, 4], [5, 2], [7, 0], [7, 4], [none, none]])
+    advantages = decoupled_advantages(rewards, double([1, 2]), ids(3, 3))
+    root, little = 2**0.5, 1e-4
+    first = [-2 / (2 + little), 0, 2 / (2 + little)]
+    near, far = 2 / (root + little), 4 / (2 * root + little)
+    sums = double([first[0], near, first[2] - near, -far, far])
+    torch.testing.assert_close(advantages[:5], sums / (((sums**2).sum() / 4).sqrt() + little))
+    assert advantages[5] == 0
+
+
+def test_decoupled_rewards_have_a_say_by_their_weight_alone():
+    """A reward's unit doesn't matter, where the sum of rewards drowns the small one's."""
+    rewards, groups, weights = double([[0, 1], [1, 0], [1, 1], [0, 0]]), ids(4), double([1, 1])
+    advantages = decoupled_advantages(rewards, weights, groups)
+    torch.testing.assert_close(advantages[0], double(0))
+    scaled = decoupled_advantages(rewards * double([1, 1000]), weights, groups)
+    torch.testing.assert_close(scaled, advantages, rtol=0, atol=1e-3)
+    assert group_advantages((rewards * double([1, 1000])).sum(1), groups)[0] > 0.8
+
+
+def test_one_decoupled_reward_is_grpo_scaled():
+    scores, groups = double([1, 3, 5, 2, 8, 2]), ids(3, 3)
+    grouped = group_advantages(scores, groups)
+    decoupled = decoupled_advantages(scores[:, None], double([1]), groups)
+    torch.testing.assert_close(decoupled, grouped / (grouped.std() + 1e-4))
+
+
+def test_decoupled_without_dropped_members_and_in_constant_groups():
+    kept = torch.tensor([True, True, True, False, True, True])
+    rewards = double([[0.1, 1], [0.1, 3], [0.1, 5], [9, 9], [0.1, 0.7], [0.1, 0.7]])
+    groups, weights = ids(4, 2), double([1, 1])
+    advantages = decoupled_advantages(rewards, weights, groups, kept)
+    assert advantages[3:].tolist() == [0.0, 0.0, 0.0]
+    assert advantages[1] == 0
+    assert advantages[0] == -advantages[2] < 0
+    assert not decoupled_advantages(rewards, weights, groups, torch.zeros(6)).any()
+    assert not decoupled_advantages(rewards[:, :1], weights[:1], ids(3, 3), kept).any()
 
 
 def test_batch_baseline_by_hand():
@@ -138,5 +187,9 @@ def test_what_callers_get_wrong():
         group_advantages(double([1, 2]), ids(3))
     with pytest.raises(DataError, match="shapes differ"):
         batch_advantages(double([1, 2]), torch.ones(3))
+    with pytest.raises(DataError, match=r"expected \[B, K\] and \[K\]"):
+        decoupled_advantages(double([[1, 2], [3, 4]]), double([1]), ids(2))
+    with pytest.raises(ConfigError, match="single episode"):
+        decoupled_advantages(double([[1, 2]]), double([1, 1]), ids(1))
     with pytest.raises(DataError, match="one per episode"):
         group_advantages(double([[1, 2]]), torch.zeros(1, 2, dtype=torch.long))

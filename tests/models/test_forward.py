@@ -15,6 +15,7 @@ from transformers import (
 
 from etude.data.batch import PackedBatch, Trajectory
 from etude.models.forward import PolicyForward
+from etude.models.update_mode import update_mode
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 
 
@@ -81,6 +82,36 @@ def test_equals_sequences_one_by_one(family, lengths, temperature, tokenizer, ma
 
 
 @pytest.mark.parametrize("lengths", [(9, 10, 11, 10), (2, 31, 5, 14)])
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_gradients_of_entropies_equal_sequences_one_by_one(family, lengths, tokenizer, make_llama):
+    model = make_llama(dtype=torch.float64) if family == "llama" else make_gptj(tokenizer)
+    batch_of = trajectories(lengths, len(tokenizer))
+    for t in batch_of:
+        logprobs = (model(t.token_ids[None]).logits[0, t.sampled - 1] / 0.8).log_softmax(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        (entropies**2).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    batch = PackedBatch.of(batch_of)
+    for chunk_bytes in (2**30, 4 * len(tokenizer) * 3):
+        model.zero_grad()
+        forward = PolicyForward(model, chunk_bytes)
+        assert forward.packs == (family == "llama")
+        output = forward(
+            batch.input_ids,
+            batch.lengths,
+            batch.states,
+            batch.targets,
+            batch.last_states,
+            temperature=0.8,
+            entropy_gradient=True,
+        )
+        (output.entropies**2).sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        exact = {"rtol": 1e-10, "atol": 1e-12} if family == "llama" else {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(found, expected, **exact)  # GPT-J's attention is in single precision
+
+
+@pytest.mark.parametrize("lengths", [(9, 10, 11, 10), (2, 31, 5, 14)])
 def test_gradients_equal_sequences_one_by_one(lengths, tokenizer, make_llama):
     model = AutoModelForCausalLMWithValueHead(make_llama(dtype=torch.float64))
     batch_of = trajectories(lengths, len(tokenizer))
@@ -107,8 +138,6 @@ def test_without_a_value_head(tokenizer, make_llama):
 
 
 def test_activation_checkpointing_changes_nothing(tokenizer, make_llama):
-    from etude.trainers.learner import training_mode
-
     model = AutoModelForCausalLMWithValueHead(make_llama(dtype=torch.float64, attention_dropout=0.3))
     forward = PolicyForward(model)
     batch = PackedBatch.of(trajectories((9, 10, 11), len(tokenizer)))
@@ -116,10 +145,10 @@ def test_activation_checkpointing_changes_nothing(tokenizer, make_llama):
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
-        training_mode(forward)
         model.zero_grad()
-        output = forward(batch.input_ids, batch.lengths, batch.states, batch.targets, batch.last_states)
-        (output.logprobs.sum() + output.values.sum()).backward()
+        with update_mode(forward):
+            output = forward(batch.input_ids, batch.lengths, batch.states, batch.targets, batch.last_states)
+            (output.logprobs.sum() + output.values.sum()).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -260,13 +289,11 @@ def test_sharing_with_adapters():
 
 
 def test_sharing_with_activation_checkpointing(make_gpt2):
-    from etude.trainers.learner import training_mode
-
     model = AutoModelForCausalLMWithValueHead(make_gpt2(dtype=torch.float64))
     forward = PolicyForward(model)
     model.gradient_checkpointing_enable()
-    training_mode(forward)
-    check_sharing(forward, families_of_trajectories(SHAPES["uneven"]))
+    with update_mode(forward):
+        check_sharing(forward, families_of_trajectories(SHAPES["uneven"]))
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.data.batch import PackedBatch, Trajectory
 from etude.models.forward import PolicyForward
-from etude.models.head import ChunkedHead, Finish, chunk_rows
+from etude.models.head import ChunkedHead, Finish, _LinearHead, chunk_rows
 from etude.models.loading import add_adapter
+from etude.models.update_mode import update_mode
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.trainers.learner import training_mode
 
 VOCABULARY = 61
 ROWS = 4  # states per chunk, at most
@@ -84,7 +84,7 @@ def packed_batch(lengths=(9, 10, 5, 11), vocabulary=VOCABULARY - 1):
     return PackedBatch.of([Trajectory(ids, torch.arange(2, len(ids)), 0.0, bootstrap=True) for ids in rows])
 
 
-def scored(forward, batch, temperature=0.8, keep_logits=False):
+def scored(forward, batch, temperature=0.8, keep_logits=False, entropy_gradient=False):
     """Outputs, and the gradients of a loss in which every state weighs differently."""
     forward.zero_grad()
     output = forward(
@@ -95,9 +95,13 @@ def scored(forward, batch, temperature=0.8, keep_logits=False):
         batch.last_states,
         temperature,
         keep_logits,
+        entropy_gradient,
     )
     weights = torch.linspace(-1, 2, len(batch.states), dtype=F64)
-    ((output.logprobs * weights).sum() + (output.values**2).mean() + output.last_values.sum()).backward()
+    loss = (output.logprobs * weights).sum() + (output.values**2).mean() + output.last_values.sum()
+    if entropy_gradient:
+        loss = loss + (output.entropies * weights.flip(0).exp()).sum()
+    loss.backward()
     gradients = {name: p.grad for name, p in forward.named_parameters() if p.requires_grad}
     return output, {name: None if g is None else g.clone() for name, g in gradients.items()}
 
@@ -118,6 +122,52 @@ def test_equals_the_model_s_own_logits(name):
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_entropy_bonus_equals_that_of_the_model_s_own_logits(name):
+    model, batch = make(name), packed_batch()
+    output, gradients = scored(PolicyForward(model, CHUNK), batch, entropy_gradient=True)
+    expected, expected_gradients = scored(
+        PolicyForward(model), batch, keep_logits=True, entropy_gradient=True
+    )
+    assert output.entropies.requires_grad
+    for field in ("logprobs", "entropies"):
+        torch.testing.assert_close(getattr(output, field), getattr(expected, field), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-10, atol=1e-11)
+    without = scored(PolicyForward(model, CHUNK), batch)[1]
+    assert max((gradients[n] - g).abs().max() for n, g in without.items() if g is not None) > 0.01
+
+
+@pytest.mark.parametrize("finish", [Finish(), Finish(0.5), Finish(softcap=2.0), Finish(2.0, 3.0)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_of_entropies_by_finite_differences(finish, bias):
+    torch.manual_seed(0)
+    states, weight = (torch.randn(5, 4, dtype=F64), torch.randn(7, 4, dtype=F64))
+    inputs = [states, weight, torch.randn(7, dtype=F64) if bias else None]
+    for tensor in inputs[: 2 + bias]:
+        tensor.requires_grad_()
+    targets = torch.tensor([0, 6, 3, 3, 1])
+
+    def scores(*inputs):
+        return _LinearHead.apply(*inputs, targets, finish, 0.7, True, 2)
+
+    assert torch.autograd.gradcheck(scores, inputs)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_entropies_of_a_loss_without_them(asked):
+    """Their gradient is there if asked for, and none of it reaches a loss that leaves them out."""
+    model, batch = make("llama"), packed_batch()
+    forward = PolicyForward(model, CHUNK)
+    inputs = batch.input_ids, batch.lengths, batch.states, batch.targets, batch.last_states
+    output = forward(*inputs, entropy_gradient=asked)
+    assert output.entropies.requires_grad is asked
+    output.logprobs.sum().backward()
+    gradient = model.pretrained_model.lm_head.weight.grad.clone()
+    forward.zero_grad()
+    forward(*inputs).logprobs.sum().backward()
+    torch.testing.assert_close(model.pretrained_model.lm_head.weight.grad, gradient, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ["llama", "tied", "lora-head"])
 def test_single_precision(name):
     model, batch = make(name, torch.float32), packed_batch()
@@ -128,14 +178,15 @@ def test_single_precision(name):
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max())
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("name", ["llama", "tied", "softcap", "lora-head"])
-def test_autocast(name):
+def test_autocast(name, entropy_gradient):
     model, batch = make(name, torch.float32), packed_batch()
     results = []
     for chunk_bytes in (CHUNK, WHOLE):
         forward = PolicyForward(model, chunk_bytes)
         with torch.autocast("cpu", torch.bfloat16):
-            results.append(scored(forward, batch))
+            results.append(scored(forward, batch, entropy_gradient=entropy_gradient))
     (output, gradients), (expected, expected_gradients) = results
     assert output.logprobs.dtype == expected.logprobs.dtype == torch.float32
     torch.testing.assert_close(output.logprobs, expected.logprobs, rtol=0, atol=0.02)
@@ -149,8 +200,8 @@ def test_activation_checkpointing():
     forward = PolicyForward(model, CHUNK)
     expected = scored(forward, batch)[1]
     model.gradient_checkpointing_enable()
-    training_mode(forward)
-    torch.testing.assert_close(scored(forward, batch)[1], expected)
+    with update_mode(forward):
+        torch.testing.assert_close(scored(forward, batch)[1], expected)
 
 
 def test_distributed_data_parallel(monkeypatch):
@@ -222,12 +273,13 @@ class Sizes(TorchDispatchMode):
         return output
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("name", ["llama", "lora-head"])
-def test_whole_logits_never_exist(name):
+def test_whole_logits_never_exist(name, entropy_gradient):
     model, batch = make(name), packed_batch((20, 20, 20))
     forward = PolicyForward(model, CHUNK)
     with Sizes() as sizes:
-        scored(forward, batch)
+        scored(forward, batch, entropy_gradient=entropy_gradient)
     rows = {shape[0] for shape in sizes.made if len(shape) == 2 and shape[1] == VOCABULARY}
     assert max(rows - {32}) <= ROWS, "32 is the hidden size: a transposed weight"
     if name == "llama":  # one buffer for the layer's gradient, not one for each chunk

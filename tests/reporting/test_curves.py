@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from etude.reporting.curves import Chart, groups, in_words
@@ -45,6 +45,7 @@ def test_ticks_are_round_and_inside() -> None:
     )
 
 
+@example([1e30], 1)
 @given(
     st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=60),
     st.integers(0, 5),

@@ -176,3 +176,24 @@ def test_byte_level_tokens_spell_any_text_wherever_they_cut_it(text: str, cuts: 
 )
 def test_token_texts(text: str, tokens: list[str], pieces: list[str] | None) -> None:
     assert token_texts(text, tokens) == pieces
+
+
+def test_rewards_of_turns_and_tokens_stand_behind_them() -> None:
+    episode = shown_episode()
+    episode.rewards = [
+        NamedReward("exact", 1.0),
+        NamedReward("steps", -1.0, 0.5, position=3),
+        NamedReward("steps", 0.25, 0.5, position=2),
+        NamedReward("rated", 2.0, position=5),
+        NamedReward("rated", None, position=0),
+        NamedReward("odd\x1b", 3.0, position=99),
+    ]
+    text = episode_text(episode)
+    ending = "reward 5.62 (exact 1, steps -0.75 × 0.5, rated 2, odd\\x1b 3) · max turns · clock: timeout"
+    assert text.plain == (f"3*4? <calculator>3*4<call>[steps -0.75]12<response>forced[rated 2]\n{ending}")
+    assert styled(text)["[steps -0.75]"] == (COLORS["reward"], False)
+    words = {1: "3*4", 2: "?▁", 3: "<calculator>", 4: "3*4<call>", 5: "12<response>", 6: None}
+    speller = SimpleNamespace(convert_ids_to_tokens=lambda ids: [words[id] for id in ids])
+    assert episode_tokens(episode, speller).plain.split("\n")[0] == (
+        "3*4│? │<calculator>[steps 0.25]│3*4<call>[steps -1]│12<response>│<6>[rated 2]"
+    )

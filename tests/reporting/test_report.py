@@ -205,6 +205,56 @@ def test_episodes(calculator_page: Page) -> None:
     assert prompt["logprobs"] is None
 
 
+def step_rewards(run: RunDirectory) -> None:
+    episode = Episode(
+        segments=[
+            Segment("prompt", "1?", [VOCABULARY.index("1"), VOCABULARY.index("?")]),
+            segment_of("model", "<request>2", 0.5, 3),
+            segment_of("tool", "4"),
+            segment_of("model", "4<submit>", 0.5, 3),
+        ],
+        rewards=[
+            NamedReward("exact", 1.0),
+            NamedReward("steps", -1.0, 0.1, position=3),
+            NamedReward("steps", 0.0, 0.1, position=6),
+            NamedReward("digits", 2.0, position=3),
+            NamedReward("digits", 0.5, position=5),
+        ],
+        stop=StopReason.SUBMITTED,
+    )
+    run.append_episodes(1, "train", [episode], SPELLER)
+
+
+def test_rewards_of_turns_and_tokens_are_at_their_segments(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    step_rewards(run)
+    (episode,) = Page(write_report(run.path)).data["episodes"]
+    assert episode["reward"] == pytest.approx(3.4)
+    assert episode["rewards"] == [
+        {"name": "exact", "value": 1.0, "weight": 1.0},
+        {"name": "steps", "value": -1.0, "weight": 0.1},
+        {"name": "digits", "value": 2.5, "weight": 1.0},
+    ]
+    assert [segment["rewards"] for segment in episode["segments"]] == [
+        [],
+        [[1, "steps", -1.0], [1, "digits", 2.0]],
+        [],
+        [[1, "steps", 0.0], [0, "digits", 0.5]],
+    ]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_page_shows_rewards_at_the_turns_that_earned_them(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    step_rewards(run)
+    dom = in_the_browser(write_report(run.path), tmp_path)
+    shown = re.findall(r'<div class="earned ?(\w*)">([^<]*)</div>', dom.html)
+    assert shown == [("lost", "steps -1"), ("won", "digits 2"), ("", "steps 0"), ("won", "digits 0.5")]
+    marked = re.findall(r'<span class="token paid ?(\w*)">([^<]*)</span>', dom.html)
+    assert marked == [("won", "2"), ("won", "4"), ("", "&lt;submit&gt;")]
+    assert "steps -1 × 0.1 digits 2.5" in dom.text
+
+
 # Hostile text
 
 ATTACK = (
@@ -250,18 +300,22 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_the_script_runs_and_the_attack_does_not(tmp_path: Path) -> None:
-    report = write_report(hostile_run(tmp_path / "run").path, title="calm")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", report.as_uri()]
-    done = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=60, check=True)
-    (tmp_path / "dom.html").write_text(done.stdout, encoding="utf-8")
-    dom = Page(tmp_path / "dom.html")
+    dom = in_the_browser(write_report(hostile_run(tmp_path / "run").path, title="calm"), tmp_path)
     assert "<title>calm · Étude</title>" in dom.html
     assert dom.count("img") == 0
     assert "1 shown" in dom.text
     said = [attributes for tag, attributes in dom.tags if tag == "div" and attributes.get("class") == "said"]
     assert len(said) == 3
+
+
+def in_the_browser(report: Path, tmp_path: Path) -> Page:
+    """The page once its script has run."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", report.as_uri()]
+    done = subprocess.run(["chromium", *flags], capture_output=True, text=True, timeout=60, check=True)
+    (tmp_path / "dom.html").write_text(done.stdout, encoding="utf-8")
+    return Page(tmp_path / "dom.html")
 
 
 def test_secrets_stay_out(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import threading
 import pytest
 import torch
 
-from etude.errors import RewardError
+from etude.errors import ConfigError, RewardError
 from etude.protocols import Reward
-from etude.rewards.function import FunctionReward, SegmentReward, as_reward
+from etude.rewards.function import FunctionReward, SegmentReward, as_reward, reward
 from etude.types import Episode, Segment
 
 
@@ -200,3 +200,62 @@ def test_as_reward():
 def test_what_is_not_a_reward(obj, message):
     with pytest.raises(RewardError, match=message):
         as_reward(obj)
+
+
+def two_turns():
+    return Episode(
+        task={"prompt": "1+1=", "turns": "a column"},
+        segments=[
+            Segment("prompt", "1+1=", [0, 1]),
+            Segment("model", "<think>", [2]),
+            Segment("model", "so<request>", [3, 4], policy_version=0),
+            Segment("tool", "2", [5]),
+            Segment("model", "=2", [6], policy_version=0),
+        ],
+    )
+
+
+def test_turns_and_tokens_on_request():
+    @reward(level="turn", weight=0.5)
+    def lengths(turns, completions):
+        seen.update(turns=turns, completions=completions)
+        return [[len(text) for text in texts] for texts in turns]
+
+    @reward(level="token", name="even")
+    def parity(token_ids):
+        return [[1 - token % 2 for token in tokens] for tokens in token_ids]
+
+    seen = {}
+    assert score(lengths, [two_turns()]) == [[18.0, 2.0]]
+    assert seen == {"turns": [["<think>so<request>", "=2"]], "completions": ["<think>so<request>=2"]}
+    assert score(parity, [two_turns()]) == [[0.0, 1.0, 1.0]]
+    assert (lengths.name, lengths.weight, lengths.level) == ("lengths", 0.5, "turn")
+    assert (parity.name, parity.weight, parity.level) == ("even", 1.0, "token")
+    assert isinstance(lengths, FunctionReward)
+    assert as_reward(lengths) is lengths
+    assert lengths.function([["abc"]], [""]) == [[3]]
+
+
+def test_an_episode_s_reward_sees_a_column_named_turns():
+    assert score(FunctionReward(lambda turns: [len(turns[0])]), [two_turns()]) == [8.0]
+
+
+def test_levels_that_do_not_exist():
+    with pytest.raises(ConfigError, match="level of reward 'r' is 'step'; expected episode, turn or token"):
+        FunctionReward(exact_match, "r", level="step")
+
+
+def test_a_level_s_scores_are_checked():
+    @reward(level="turn")
+    def broken(completions):
+        return [[1.0] for _ in completions]
+
+    with pytest.raises(
+        RewardError, match=r"'broken' returned 1 scores for the 2 turns of episode 0, prompt '1"
+    ):
+        score(broken, [two_turns()])
+
+
+def test_a_reward_is_no_segment_reward():
+    with pytest.raises(RewardError, match=r"reward_fn is the reward 'exact_match'; pass it among rewards=\["):
+        SegmentReward(FunctionReward(exact_match))

@@ -91,3 +91,82 @@ def test_finite_scores_are_unchanged(scores):
 def test_weights(weight):
     with pytest.raises(ConfigError, match="weight of reward 'r'"):
         check_weight(weight, "r")
+
+
+def of_turns(*counts):
+    """Episodes with so many turns of one sampled token each."""
+    return [
+        Episode(
+            segments=[
+                Segment("prompt", f"task {i}", [0]),
+                *[
+                    s
+                    for _ in range(n)
+                    for s in (Segment("model", "a", [1], policy_version=0), Segment("tool", "b", [2]))
+                ],
+            ]
+        )
+        for i, n in enumerate(counts)
+    ]
+
+
+@pytest.mark.parametrize("level", ["turn", "token"])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [[1, None], None, [], [0.5, 0, True]],
+        ((np.float32(1), None), None, np.zeros(0), torch.tensor([0.5, 0, 1])),
+        [[torch.tensor(1.0), None], None, (), np.array([0.5, 0, 1])],
+    ],
+)
+def test_scores_within_episodes(level, scores):
+    assert check_scores(scores, "r", of_turns(2, 1, 0, 3), level) == [[1.0, None], None, [], [0.5, 0.0, 1.0]]
+
+
+def test_a_table_of_scores():
+    assert check_scores(torch.ones(2, 3), "r", of_turns(3, 3), "turn") == [[1.0, 1.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("level", "scores", "message"),
+    [
+        (
+            "turn",
+            [[1.0], [1.0, 2.0]],
+            "reward 'exact' returned 2 scores for the 3 turns of episode 1, prompt 'task 1'; "
+            "expected one per turn: a number, or None where it does not apply",
+        ),
+        (
+            "token",
+            [[], [1.0] * 3],
+            "reward 'exact' returned 0 scores for the 1 sampled token of episode 0, prompt 'task 0'; "
+            "expected one per sampled token",
+        ),
+        (
+            "turn",
+            [1.0, [1.0] * 3],
+            "returned 1.0 for episode 0, prompt 'task 0'; expected a list of 1 scores, one per turn",
+        ),
+        ("turn", ["1", [1.0] * 3], "returned '1' for episode 0, .*; expected a list of 1 scores"),
+        (
+            "turn",
+            [[1.0], [0, math.nan, 1]],
+            "returned nan for turn 1 of episode 1, prompt 'task 1'; expected a finite",
+        ),
+        ("token", [["x"], None], "returned 'x' for sampled token 0 of episode 0"),
+        (
+            "turn",
+            [[1.0]],
+            "returned 1 scores for 2 episodes .*episode 1, .*expected one per episode: a list with a",
+        ),
+        (
+            "turn",
+            None,
+            "returned None; expected a list of 2 scores, one per episode: a list with a score per turn",
+        ),
+        ("episode", [[1.0], [1.0] * 3], 'expected a finite number, .* A list per episode needs level="turn"'),
+    ],
+)
+def test_wrong_scores_within_episodes(level, scores, message):
+    with pytest.raises(RewardError, match=message):
+        check_scores(scores, "exact", of_turns(1, 3), level)

@@ -1,13 +1,15 @@
 """GRPO and RLOO: a step against an independent implementation, groups that teach nothing, whole runs."""
 
+import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
-from etude.errors import ConfigError, ModelError
+from etude.errors import ConfigError, DataError, ModelError, RewardError
 from etude.models.forward import PolicyForward
 from etude.models.loading import add_adapter, lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
@@ -15,6 +17,7 @@ from etude.runtime.run import RunDirectory
 from etude.trainers.group_config import GRPOConfig, RLOOConfig
 from etude.trainers.grpo import GRPOTrainer
 from etude.trainers.rloo import RLOOTrainer
+from etude.types import StopReason
 
 F64 = torch.float64
 GROUP, ROWS = 4, 12
@@ -60,7 +63,7 @@ def plain_advantages(config, scores, kept):
                     advantages[i] /= statistics.stdev(spread) + 1e-4
     if isinstance(config, RLOOConfig) and config.normalize_advantages:
         spread = statistics.variance(a for a, keep in zip(advantages, kept, strict=True) if keep)
-        advantages = [a / (spread + 1e-8) ** 0.5 for a in advantages]
+        advantages = [a / (spread**0.5 + 1e-4) for a in advantages]
     return advantages
 
 
@@ -196,6 +199,25 @@ def learnt(make_llama, tokenizer, rows, config):
     return {name: parameter - start[name] for name, parameter in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("config_class", [GRPOConfig, RLOOConfig])
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # the very first batch teaches nothing
+def test_what_learn_refuses(config_class, tokenizer, make_llama):
+    trainer = TRAINERS[config_class](make_llama(), settings_of(config_class), processing_class=tokenizer)
+    rows = trajectories_of(group_rows(len(tokenizer)))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(DataError, match="learn got no trajectories"):
+        trainer.learn([])
+    with pytest.raises(DataError, match="11 trajectories; expected a multiple of num_generations"):
+        trainer.learn(rows[:-1])
+    for bad in (math.nan, math.inf):
+        with pytest.raises(RewardError, match=r"score of trajectory 3 is (nan|inf)"):
+            trainer.learn([*rows[:3], replace(rows[3], score=bad), *rows[4:]])
+    silent = [replace(row, sampled=row.sampled[:0], compared=False) for row in rows]
+    with pytest.warns(UserWarning, match="nothing to learn"):
+        trainer.learn(silent)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
 @pytest.mark.parametrize(("config_class", "beta"), [(GRPOConfig, 0.0), (RLOOConfig, 0.0)])
 def test_a_constant_group_gives_no_gradient(config_class, beta, tokenizer, make_llama):
     """With two groups, the mean over episodes is half of what it is with the telling one alone."""
@@ -222,7 +244,7 @@ def test_a_batch_of_constant_groups_warns_and_changes_nothing(config_class, beta
     constant = [
         (query, response, mask, float(i // GROUP)) for i, (query, response, mask, _) in enumerate(rows)
     ]
-    with pytest.warns(UserWarning, match="teaches nothing"):
+    with pytest.warns(UserWarning, match="nothing to learn"):
         stats = trainer.learn(trajectories_of(constant))
     assert stats["frac_reward_zero_std"] == 1.0
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.state_dict().items())
@@ -248,7 +270,7 @@ def test_without_beta_the_reference_is_not_computed(tokenizer, make_llama, monke
     monkeypatch.setattr(
         PolicyForward, "forward", lambda self, *inputs: calls.append(self.model) or forward(self, *inputs)
     )
-    for beta, forwards in ((0.0, 2), (0.1, 3)):
+    for beta, forwards in ((0.0, 1), (0.1, 3)):
         calls.clear()
         config = settings_of(GRPOConfig, beta=beta, num_iterations=1)
         trainer = GRPOTrainer(make_llama(), config, processing_class=tokenizer)
@@ -389,9 +411,81 @@ def test_it_learns(make_group_trainer, tmp_path):
     assert sum(rewards[-4:]) > sum(rewards[:4]) + 0.2
 
 
+def test_dynamic_sampling_fills_the_batch_with_groups_that_tell(make_group_trainer, tmp_path):
+    """Some tasks always score 0: their groups are replaced by others, the same in a resumed run."""
+
+    def trainer_in(directory, **settings):
+        trainer = make_group_trainer(directory, dynamic_sampling=True, episodes_to_log=-1, **settings)
+
+        def fickle(prompts, completions):
+            return [0.0 if "o" in p else len(set(c)) / 8 for p, c in zip(prompts, completions, strict=True)]
+
+        environment = trainer.environment
+        trainer.environment = TextEnvironment(
+            trainer.model,
+            trainer.tokenizer,
+            rewards=fickle,
+            max_turns=1,
+            generation_kwargs={"max_new_tokens": environment.params.max_new_tokens},
+        )
+        return trainer
+
+    trainer = trainer_in("whole", max_sampling_rounds=30, max_steps=4)
+    played, batch = trainer.collect(0)
+    assert len(batch) == 8 < len(played)
+    for group in trainer._groups(batch):
+        assert len({episode.prompt for episode in group}) == 1
+        assert len({episode.reward for episode in group}) > 1
+    assert [episode.token_ids for episode in trainer.collect(0)[1]] == [e.token_ids for e in batch]
+    trainer.train()
+    rows = [row for row in untimed(tmp_path / "whole") if "reward" in row]
+    assert all(row["frac_reward_zero_std"] == 0.0 for row in rows)
+    whole = RunDirectory(tmp_path / "whole").read_episodes(split="train")
+    assert len(whole) > 16, "what was played is written, whether it was learned from or not"
+
+    few = trainer_in("few", max_sampling_rounds=1)
+    played, batch = few.collect(0)
+    assert len(played) == len(batch) == 8
+    assert len([group for group in few._groups(batch) if few._tells(group)]) < 2
+
+
+def test_truncated_completions_are_compared_and_not_trained_on(make_group_trainer, tmp_path):
+    plain = make_group_trainer(max_steps=2)
+    trainer = make_group_trainer(max_steps=2, mask_truncated_completions=True)
+    _, batch = trainer.collect(0)
+    cut = [episode.stop is StopReason.TURN_TOKENS for episode in batch]
+    assert any(cut)
+    assert [not len(trainer.trajectory(episode).sampled) for episode in batch] == cut
+    assert all(trainer.trajectory(episode).compared for episode in batch)
+    assert all(len(plain.trajectory(episode).sampled) for episode in batch)
+    changed = make_group_trainer(stop_policies={"turn_tokens": {"reward": "clamp"}})
+    assert all(changed.trajectory(e).score <= 0 for e, c in zip(batch, cut, strict=True) if c)
+
+
+def test_the_batches_are_explained_in_one_line(make_group_trainer, capsys):
+    trainer = make_group_trainer(gradient_accumulation_steps=1, steps_per_generation=2)
+    assert trainer.describe_batches() == (
+        "batches: 2 tasks × 4 = 8 episodes an iteration, in steps of 4 (4 per pass), 2 times over: "
+        "4 optimizer steps; × 3 iterations = 12 steps, 24 episodes"
+    )
+
+
 @pytest.mark.parametrize(
     ("config_class", "settings", "message"),
     [
+        (
+            GRPOConfig,
+            {"stop_policies": {"bored": {}}},
+            "stop_policies names 'bored'; expected one of submitted",
+        ),
+        (GRPOConfig, {"stop_policies": {"done": {"reward": "halve"}}}, "expected keep, clamp or drop"),
+        (
+            GRPOConfig,
+            {"stop_policies": {"done": {"rewards": "keep"}}},
+            "unexpected keyword argument 'rewards'",
+        ),
+        (GRPOConfig, {"importance_sampling_cap": 0.5}, r"importance_sampling_cap is 0\.5"),
+        (GRPOConfig, {"dynamic_sampling": True, "max_sampling_rounds": 0}, "max_sampling_rounds is 0"),
         (GRPOConfig, {"num_generations": 1}, r"num_generations is 1; expected at least 2.*a group of one"),
         (GRPOConfig, {"num_generations": 3}, r"= 8 episodes per process; expected a multiple of num_gen"),
         (GRPOConfig, {"steps_per_generation": 3}, "expected a multiple of gradient_accumulation_steps"),

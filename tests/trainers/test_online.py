@@ -106,7 +106,8 @@ def test_a_run_from_beginning_to_end(make_trainer, tmp_path, tokenizer):
 def test_the_sampler_says_its_sizes_at_the_start(make_trainer, tmp_path, capsys):
     trainer = make_trainer(steps=8, slots=3, cache_bytes="1MiB", disable_progress=False)
     trainer.train()
-    first = capsys.readouterr().out.splitlines()[0]
+    batches, first, *_ = capsys.readouterr().out.splitlines()
+    assert batches == trainer.describe_batches()
     assert first == trainer.sampler.describe()
     assert first.startswith("sampler: 3 slots × up to ")
     assert trainer.sampler.limits.budget == 1 << 20

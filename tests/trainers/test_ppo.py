@@ -1,15 +1,19 @@
 """PPO: one step against an independent implementation, the settings, and what users get wrong."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import GPTJConfig, GPTJForCausalLM
 
+from etude.data.batch import Trajectory
 from etude.errors import ConfigError, DataError, ModelError, RewardError
 from etude.models.loading import add_adapter
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.value_model import ValueModel
 from etude.trainers.ppo import PPOTrainer
 from etude.trainers.ppo_config import PPOConfig
 
@@ -203,6 +207,76 @@ def test_a_step_equals_an_independent_implementation(
     assert stats["ppo/policy/clipfrac"] >= 0
 
 
+class NaivePair(torch.nn.Module):
+    """A policy and a critic with nothing in common, called as `naive_ppo_step` calls a model."""
+
+    def __init__(self, policy, critic):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.head = torch.nn.Linear(32, 1).double()
+
+    def forward(self, input_ids):
+        trunk = self.critic.get_decoder()
+        states = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.policy(input_ids=input_ids, use_cache=False).logits, None, self.head(states)[..., 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mini_batch_size": 2},
+        {"mini_batch_size": 1, "gradient_accumulation_steps": 3, "max_grad_norm": 0.5},
+        {"kl_penalty": "full", "vf_coef": 0.5},
+        {"gradient_checkpointing": True, "max_tokens_per_pass": 20},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "unpacked"])
+@pytest.mark.filterwarnings("ignore:the KL to the reference")
+def test_a_step_of_two_models_equals_an_independent_implementation(
+    settings, family, tokenizer, make_llama, make_gpt2, monkeypatch
+):
+    config = PPOConfig(
+        **{"batch_size": 6, "mini_batch_size": 6, "ppo_epochs": 2, "learning_rate": 0.05, **settings}
+    )
+
+    def make_critic(dtype=F64):
+        torch.manual_seed(7)
+        if family != "unpacked":
+            return (make_llama if family == "llama" else make_gpt2)(7, dtype)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "initializer_range": 0.2}
+        return GPTJForCausalLM(GPTJConfig(vocab_size=len(tokenizer), **sizes)).to(dtype).eval()
+
+    naive = NaivePair(make_llama(0, F64), make_critic())
+    policy, critic = make_llama(0, F64), ValueModel(make_critic())
+    critic.v_head.summary.load_state_dict(naive.head.state_dict())
+    start = {name: p.clone() for name, p in naive.named_parameters()}
+    reference = NaivePair(make_llama(5, F64), make_critic())
+    data = batch(len(tokenizer))
+    optimizer = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr=config.learning_rate)
+    trainer = PPOTrainer(config, policy, reference.policy, tokenizer, optimizer=optimizer, value_model=critic)
+    assert trainer.accelerator.unwrap_model(trainer.learner.policy).values_pack == (family != "unpacked")
+    recorded = RecordedOrder(monkeypatch)
+    trainer.step(data[0], data[1], data[3], data[2])
+    naive_ppo_step(naive, reference, config, *data, recorded.shuffles)
+    pairs = {
+        "policy": (policy, naive.policy),
+        "critic": (critic.model, naive.critic.get_decoder()),
+        "head": (critic.v_head.summary, naive.head),
+    }
+    moved = dict.fromkeys(pairs, 0.0)
+    for part, (ours, theirs) in pairs.items():
+        expected = theirs.state_dict()
+        assert expected
+        for name, parameter in ours.state_dict().items():
+            torch.testing.assert_close(parameter, expected[name], atol=2e-6, rtol=0, msg=f"{part} {name}")
+    for name, parameter in naive.named_parameters():
+        part = name.partition(".")[0]
+        moved[part] = max(moved[part], (parameter - start[name]).abs().max().item())
+    assert min(moved.values()) > 1e-4, moved
+    assert not torch.equal(policy.lm_head.weight, start["policy.lm_head.weight"])
+
+
 def test_the_first_ratio_is_one(tokenizer, make_gpt2):
     """Also for a model with dropout, in training mode, in mini-batches other than those that observed."""
     model = AutoModelForCausalLMWithValueHead(make_gpt2()).train()
@@ -245,7 +319,7 @@ def test_scores_scaled_normalised_clipped(tokenizer, make_llama):
     def scaled(**settings):
         config = PPOConfig(batch_size=4, mini_batch_size=4, **settings)
         trainer = PPOTrainer(config, AutoModelForCausalLMWithValueHead(make_llama()), tokenizer=tokenizer)
-        return trainer._scaled([1.0, 2.0, 3.0, 6.0]).tolist()
+        return trainer._scaled([1.0, 2.0, 3.0, 6.0])[0].tolist()
 
     std = math.sqrt(14 / 3)  # of 1, 2, 3, 6 around 3, unbiased
     assert scaled() == [1, 2, 3, 6]
@@ -280,6 +354,68 @@ def test_a_negative_kl_is_reported_with_its_cause(tokenizer, make_gpt2):
         assert trainer.step(queries, responses, scores, masks)["objective/kl"] < -1
 
 
+def test_without_kl_there_is_no_reference(tokenizer, make_llama, monkeypatch):
+    """Nothing is copied, nothing computed, and no statistic says that the KL is 0."""
+    queries, responses, masks, scores = batch(len(tokenizer))
+    settings = {"batch_size": 6, "mini_batch_size": 3, "adap_kl_ctrl": False, "learning_rate": 1e-3}
+
+    def trained(reference=None, **more):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLMWithValueHead(make_llama(0, F64))
+        trainer = PPOTrainer(PPOConfig(**settings, **more), model, reference, tokenizer)
+        calls = []
+        forward = trainer.learner._forward
+        trainer.learner._forward = lambda policy, *args, **kwargs: (
+            calls.append(policy),
+            forward(policy, *args, **kwargs),
+        )[1]
+        return trainer, trainer.step(queries, responses, scores, masks), len(calls)
+
+    monkeypatch.setattr("etude.trainers.policy.create_reference_model", None)  # calling it would raise
+    alone, stats, passes = trained(init_kl_coef=0.0)
+    assert alone.ref_model is None
+    assert alone.learner.reference is None
+    assert not TRL_KEYS - set(stats)
+    assert math.isnan(stats["objective/kl"])
+    for name in ("objective/kl_dist", "objective/ref_logprobs"):
+        assert np.isnan(stats[name]).all()
+    assert "kl" not in stats
+    with pytest.raises(ConfigError, match=r"pass ref_model="):
+        alone.generate(queries, max_new_tokens=2, generate_ref_response=True)
+
+    # A reference that is given is looked at, though it moves nothing.
+    other, measured, more = trained(AutoModelForCausalLMWithValueHead(make_llama(5, F64)), init_kl_coef=0.0)
+    assert abs(measured["objective/kl"]) > 1e-3
+    assert measured["kl"] == measured["objective/kl"]
+    assert more == passes + 2  # observed in two mini-batches
+    for name, parameter in alone.model.state_dict().items():
+        assert torch.equal(parameter, other.model.state_dict()[name]), name
+    with pytest.raises(ConfigError, match="num_shared_layers is of the reference"):
+        PPOTrainer(
+            PPOConfig(**settings, init_kl_coef=0.0), make_llama(), tokenizer=tokenizer, num_shared_layers=1
+        )
+
+
+def test_shared_layers_take_their_memory_once(tokenizer, make_llama):
+    def bytes_held(num_shared_layers):
+        model = AutoModelForCausalLMWithValueHead(make_llama(num_hidden_layers=3))
+        config = PPOConfig(batch_size=6, mini_batch_size=3, learning_rate=1e-2)
+        trainer = PPOTrainer(config, model, tokenizer=tokenizer, num_shared_layers=num_shared_layers)
+        queries, responses, masks, scores = batch(len(tokenizer))
+        trainer.step(queries, responses, scores, masks)  # what was shared still is
+        tensors = [*model.parameters(), *trainer.ref_model.parameters()]
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in tensors}
+        return sum(storages.values()), model, trainer.ref_model
+
+    size = lambda *modules: sum(p.nbytes for module in modules for p in module.parameters())  # noqa: E731
+    twice, model, _ = bytes_held(None)
+    assert twice == 2 * size(model)
+    shared, model, reference = bytes_held(2)
+    decoder = model.pretrained_model.model
+    assert shared == 2 * size(model) - size(decoder.embed_tokens, *decoder.layers[:2])
+    assert not torch.equal(decoder.norm.weight, reference.pretrained_model.model.norm.weight), "it learned"
+
+
 def test_early_stopping_and_the_ratio_threshold(tokenizer, make_llama, monkeypatch):
     queries, responses, masks, scores = batch(len(tokenizer))
 
@@ -303,8 +439,8 @@ def test_a_skipped_mini_batch_changes_nothing_even_where_the_ratio_overflowed(tr
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     observe = trainer.learner.observe
 
-    def long_ago(trajectories):
-        experience = observe(trajectories)
+    def long_ago(*args):
+        experience = observe(*args)
         experience.logprobs = experience.logprobs - 200.0  # e^200 is inf in float32
         return experience
 
@@ -408,6 +544,19 @@ def test_masked_episodes(trainer, tokenizer):
         trainer.step(queries, responses, scores, [torch.zeros_like(mask) for mask in masks])
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_what_learn_refuses(trainer, tokenizer):
+    queries, responses, masks, scores = batch(len(tokenizer))
+    rows = [Trajectory.of_response(*row) for row in zip(queries, responses, scores, masks, strict=True)]
+    with pytest.raises(DataError, match="learn got no trajectories"):
+        trainer.learn([])
+    for bad in (math.nan, -math.inf):
+        with pytest.raises(RewardError, match=r"score of trajectory 2 is (nan|-inf)"):
+            trainer.learn([*rows[:2], replace(rows[2], score=bad), *rows[3:]])
+    with pytest.raises(DataError, match="give the model a prompt"):
+        trainer.step([torch.tensor([], dtype=torch.long), *queries[1:]], responses, scores)
+    assert math.isfinite(trainer.learn(rows[:5])["loss"]), "the last mini-batch is smaller"
 
 
 def test_constant_scores_do_not_blow_up(trainer, tokenizer):

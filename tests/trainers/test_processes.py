@@ -19,24 +19,56 @@ import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM, AutoTokenizer
 from etude import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-directory, processes = sys.argv[1], int(sys.argv[2])
+directory, processes, silent = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "silent"
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = AutoModelForCausalLMWithValueHead.from_pretrained(f"{directory}/model", dtype="float64")
 torch.nn.init.normal_(model.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
 config = PPOConfig(batch_size=8 // processes, mini_batch_size=2, gradient_accumulation_steps=4 // processes,
-                   ppo_epochs=1, init_kl_coef=0.1, max_grad_norm=0.5)
+                   ppo_epochs=1, init_kl_coef=0.1, max_grad_norm=0.5, early_stopping=True, target_kl=100.0)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
 trainer = PPOTrainer(config, model, tokenizer=tokenizer, optimizer=optimizer)
 generator = torch.Generator().manual_seed(2)
 ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
 rows = [(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+masks = [torch.full((4 + i,), int(i < 4 or not silent)) for i in range(8)]  # the second process's, if silent
+rank = trainer.accelerator.process_index
+mine = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+stats = trainer.step(*map(list, zip(*rows[mine])), masks[mine])
+mean = trainer._average({name: value for name, value in stats.items() if isinstance(value, float)})
+print(f"= loss {mean['loss']:.5f}, coefficient {trainer.kl_ctl.value:.7f}")
+if rank == 0:
+    trainer.model.save_pretrained(f"{directory}/after-{processes}")
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+CRITIC_STEP = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from etude import PPOConfig, PPOTrainer
+from etude.models.loading import load_causal_lm
+from etude.models.value_model import ValueModel
+
+directory, processes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+model = load_causal_lm(f"{directory}/model", dtype="float64")
+critic = ValueModel.from_pretrained(f"{directory}/critic", dtype="float64")
+torch.nn.init.normal_(critic.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
+torch.nn.init.zeros_(critic.v_head.summary.bias)
+config = PPOConfig(batch_size=8 // processes, mini_batch_size=2, gradient_accumulation_steps=4 // processes,
+                   ppo_epochs=2, init_kl_coef=0, adap_kl_ctrl=False, max_grad_norm=0.5)
+optimizer = torch.optim.SGD([*model.parameters(), *critic.parameters()], lr=0.1)
+tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
+trainer = PPOTrainer(config, model, tokenizer=tokenizer, optimizer=optimizer, value_model=critic)
+generator = torch.Generator().manual_seed(2)
+ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
+rows = [(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
 rank = trainer.accelerator.process_index
 mine = rows[rank * 8 // processes:(rank + 1) * 8 // processes]
 trainer.step([q for q, _, _ in mine], [r for _, r, _ in mine], [s for _, _, s in mine])
-if rank == 0:
-    trainer.model.save_pretrained(f"{directory}/after-{processes}")
+trainer.save_model(f"{directory}/after-{processes}")
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
@@ -48,7 +80,7 @@ from etude import GRPOConfig, GRPOTrainer
 from etude.models.loading import load_causal_lm
 from etude.data.batch import Trajectory
 
-directory, processes = sys.argv[1], int(sys.argv[2])
+directory, processes, silent = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "silent"
 torch.set_num_threads(1)
 model = load_causal_lm(f"{directory}/model", dtype="float64")
 config = GRPOConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4 // processes,
@@ -58,9 +90,11 @@ tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
 trainer = GRPOTrainer(model, config, processing_class=tokenizer, optimizers=(optimizer, None))
 generator = torch.Generator().manual_seed(2)
 ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
-rows = [Trajectory.of_response(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+mask = lambda i: torch.full((4 + i,), int(i < 4 or not silent))  # the second process's, if silent
+rows = [Trajectory.of_response(ids(3 + i % 2), ids(4 + i), float(i % 3), mask(i)) for i in range(8)]
 rank = trainer.accelerator.process_index
-trainer.learn(rows[rank * 8 // processes:(rank + 1) * 8 // processes])
+stats = trainer.learn(rows[rank * 8 // processes:(rank + 1) * 8 // processes])
+print(f"= loss {trainer._average(stats)['loss']:.5f}")
 if rank == 0:
     trainer.model.save_pretrained(f"{directory}/after-{processes}")
 trainer.accelerator.wait_for_everyone()
@@ -83,12 +117,47 @@ def model_directory(tmp_path, make_llama, tokenizer):
     return tmp_path
 
 
-@pytest.mark.parametrize("script", [STEP, GROUP_STEP], ids=["ppo", "grpo"])
-def test_two_processes_end_in_the_weights_of_one(model_directory, script):
-    (model_directory / "step.py").write_text(script)
+def test_two_processes_train_a_value_model_as_one_does(model_directory, make_gpt2):
+    """Each step is of all 8 episodes, whatever the order in which the processes go through their share."""
+    make_gpt2(7).save_pretrained(model_directory / "critic")
+    (model_directory / "step.py").write_text(CRITIC_STEP)
     for processes in (1, 2):
         done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
         assert done.returncode == 0, done.stderr[-2000:]
+    for part, start in (("", "model"), ("value_model", "critic")):
+        one, two = (
+            load_file(model_directory / d / part / "model.safetensors") for d in ("after-1", "after-2")
+        )
+        before = load_file(model_directory / start / "model.safetensors")
+        assert set(one) == set(two)
+        strip = lambda name: name.removeprefix("transformer.")  # noqa: E731
+        before = {strip(name): tensor.double() for name, tensor in before.items()}
+        moved = [(tensor.double() - before[strip(name)]).abs().max().item() for name, tensor in one.items()]
+        assert max(moved) > 1e-3
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], atol=1e-6, rtol=0, msg=f"{part} {name}")
+    heads = [
+        load_file(model_directory / d / "value_model" / "value_head.safetensors")
+        for d in ("after-1", "after-2")
+    ]
+    torch.testing.assert_close(*heads, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("batch", ["whole", "silent"])
+@pytest.mark.parametrize("script", [STEP, GROUP_STEP], ids=["ppo", "grpo"])
+def test_two_processes_end_in_the_weights_of_one(model_directory, script, batch):
+    """Also where nothing was sampled in the second one's part of the batch."""
+    (model_directory / "step.py").write_text(script)
+    said = []
+    for processes in (1, 2):
+        done = launch(
+            processes, str(model_directory / "step.py"), str(model_directory), str(processes), batch
+        )
+        assert done.returncode == 0, done.stderr[:3000]
+        said += [line for line in done.stdout.splitlines() if line.startswith("=")]
+    assert len(said) == 3
+    if batch == "silent":
+        assert len(set(said)) == 1, "processes agree on what was learned from one's rows"
     one, two, before = (
         {**load_file(model_directory / d / "model.safetensors")} for d in ("after-1", "after-2", "model")
     )
@@ -128,7 +197,7 @@ def steps_of(directory):
 
 def test_the_command_line_in_two_processes(model_directory, options):
     done = launch(2, "-m", "etude", "ppo", *options, cwd=model_directory)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:3000]
     assert len(re.findall("report:", done.stdout)) == 1, "only the main process speaks"
     assert steps_of(model_directory) == [1, 2], "16 episodes, 2 × 4 at a time"
 
@@ -156,7 +225,7 @@ def test_accelerate_launch(model_directory, options):
         )
 
     done = run()
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:3000]
     assert steps_of(model_directory) == [1, 2, 3, 4]
     wrong = run("--batch_sise=4")
     assert "etude: error: unknown option --batch_sise; did you mean --batch_size?" in wrong.stderr

@@ -91,6 +91,19 @@ class ModelArguments:
 
 
 @dataclass
+class ActorCriticArguments(ModelArguments):
+    """The same where values are learned, too."""
+
+    value_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "directory or hub id of a value model beside the policy: a language model, or a reward "
+            "model to start from; by default a value head on the policy's trunk"
+        },
+    )
+
+
+@dataclass
 class DataArguments:
     """Where the rows are: files, folders, or data sets of the hub."""
 
@@ -159,6 +172,13 @@ class EnvironmentArguments:
         default=None,
         metadata={"help": "code reference of a reward in TRL's form, f(last_segments, **columns)"},
     )
+    reward_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "directory or hub id of a reward model that is a LoRA adapter on the policy's own base; "
+            "the policy has an adapter then, too (use_peft)"
+        },
+    )
     prompt: str | None = field(default=None, metadata={"help": "text put before each task"})
     prompt_file: str | None = field(default=None, metadata={"help": "the same, read from a file"})
     max_turns: int = field(default=4, metadata={"help": "turns of the model per episode at most"})
@@ -177,8 +197,11 @@ class EnvironmentArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.reward and not self.reward_fn:
-            raise ConfigError("an episode needs a score; name code that gives one with reward or reward_fn")
+        if not self.reward and not self.reward_fn and not self.reward_adapter:
+            raise ConfigError(
+                "an episode needs a score; name code that gives one with reward or reward_fn, or a "
+                "reward_adapter"
+            )
         if self.prompt is not None and self.prompt_file is not None:
             raise ConfigError("prompt and prompt_file are two ways to say the same; give one of them")
 

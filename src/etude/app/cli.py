@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> None:
     else:
         built = build_arguments(command, parse_options(read_options(command), rest))
         _hide_file_bars()
-        import_module(f"etude.app.{command}").run(*built)
+        import_module(f"etude.app.{COMMANDS[command].module}").run(*built)
 
 
 def build_arguments(command: str, values: Values) -> list[Any]:
@@ -93,11 +93,12 @@ def _hide_file_bars() -> None:
 
 
 def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
     return "\n".join(
         [
             "usage: etude COMMAND [--config FILE.yaml] [--OPTION VALUE …]",
             "",
-            *(f"  {name:<6}{command.summary}" for name, command in COMMANDS.items()),
+            *(f"  {name:<{width}}{command.summary}" for name, command in COMMANDS.items()),
             "",
             "etude COMMAND --help lists the command's options; etude --version says which version this is.",
         ]

@@ -36,11 +36,13 @@ class Command:
         summary: what it does.
         classes: the dataclasses whose fields are its options, by the titles help shows. A name that two of
             them declare belongs to the first.
+        module: in `etude.app`; its `run` takes one of each.
         required: options that have to be given although their class has a default.
     """
 
     summary: str
     classes: Mapping[str, str]
+    module: str
     required: tuple[str, ...] = ()
 
 
@@ -53,6 +55,15 @@ _PLAYING = {
 }
 
 
+def _without_critic(by: str, config: str) -> Command:
+    return Command(
+        f"Train a model on tasks that it plays, with tools, by {by}.",
+        {**_PLAYING, "Training": f"etude.trainers.group_config:{config}"},
+        module="group",
+        required=("output_dir",),
+    )
+
+
 COMMANDS = {
     "sft": Command(
         "Fine-tune a model on demonstrations.",
@@ -62,23 +73,26 @@ COMMANDS = {
             "Run": "etude.app.arguments:RunArguments",
             "Training": "etude.trainers.sft_config:SFTConfig",
         },
+        module="sft",
         required=("output_dir",),
     ),
     "ppo": Command(
         "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
-        {**_PLAYING, "Training": "etude.trainers.ppo_config:PPOConfig"},
+        {
+            **_PLAYING,
+            "Model": "etude.app.arguments:ActorCriticArguments",
+            "Training": "etude.trainers.ppo_config:PPOConfig",
+        },
+        module="ppo",
         required=("output_dir",),
     ),
-    "grpo": Command(
-        "Train a model on tasks that it plays, with tools, by group relative policy optimisation.",
-        {**_PLAYING, "Training": "etude.trainers.group_config:GRPOConfig"},
-        required=("output_dir",),
+    "grpo": _without_critic("group relative policy optimisation", "GRPOConfig"),
+    "rloo": _without_critic("REINFORCE with a leave-one-out baseline", "RLOOConfig"),
+    "reinforce": _without_critic(
+        "the policy gradient with the batch's mean as its baseline", "ReinforceConfig"
     ),
-    "rloo": Command(
-        "Train a model on tasks that it plays, with tools, by REINFORCE with a leave-one-out baseline.",
-        {**_PLAYING, "Training": "etude.trainers.group_config:RLOOConfig"},
-        required=("output_dir",),
-    ),
+    "reinforce_plus_plus": _without_critic("REINFORCE++", "ReinforcePlusPlusConfig"),
+    "iterative_sft": _without_critic("imitating its best episodes", "IterativeSFTConfig"),
 }
 
 # Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is

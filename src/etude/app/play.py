@@ -16,6 +16,8 @@ from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArgumen
 from etude.app.references import load_object
 from etude.environments.text import TextEnvironment
 from etude.models.loading import load_tokenizer
+from etude.models.reward_adapter import RewardAdapter
+from etude.rewards.adapter import AdapterReward
 from etude.trainers.policy import PolicyTrainer
 
 
@@ -48,6 +50,8 @@ def train_by_playing(
         peft_config=model_arguments.peft_config(),
         **model_arguments.loading,
     )
+    if episodes.reward_adapter is not None:
+        rewards.append(AdapterReward(RewardAdapter.load(model, episodes.reward_adapter)))
     environment = TextEnvironment(
         model,
         tokenizer,

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
-from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArguments, TaskArguments
+from etude.app.arguments import ActorCriticArguments, EnvironmentArguments, RunArguments, TaskArguments
 from etude.app.play import train_by_playing
+from etude.models.loading import load_causal_lm
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.value_model import ValueModel
 from etude.trainers.ppo import PPOTrainer
 from etude.trainers.ppo_config import PPOConfig
 
 
 def run(
-    model_arguments: ModelArguments,
+    model_arguments: ActorCriticArguments,
     tasks: TaskArguments,
     episodes: EnvironmentArguments,
     start: RunArguments,
     config: PPOConfig,
 ) -> None:
     """Train, and leave everything in `config.output_dir`."""
-    load = AutoModelForCausalLMWithValueHead.from_pretrained
-    trainer = partial(PPOTrainer, config)
+    place = model_arguments.value_model
+
+    def load(name: str, **options: Any) -> Any:
+        if place is not None:
+            return load_causal_lm(name, **options)
+        return AutoModelForCausalLMWithValueHead.from_pretrained(name, **options)
+
+    def trainer(**parts: Any) -> PPOTrainer:
+        if place is not None:
+            # The revision is the policy's and says nothing about another place.
+            options = {**model_arguments.loading, "revision": None}
+            parts["value_model"] = ValueModel.from_pretrained(place, **options)
+        return PPOTrainer(config, **parts)
+
     train_by_playing(load, trainer, model_arguments, tasks, episodes, start, config.seed)

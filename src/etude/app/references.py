@@ -1,15 +1,19 @@
 """Code by name: `path/file.py:name`, `package.module:name`, or a short name of what ships with the library.
 
-Paths and packages start at the current directory. A short name follows a convention instead of a list:
+With arguments, `etude:OverlongPenalty(max_length=512, cache_length=128)`, it is what the call gives. Paths
+and packages start at the current directory. A short name follows a convention instead of a list:
 `calculator` is the object of that name in the module of that name, `etude.tools.calculator:calculator`.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
+import inspect
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Iterable
 from importlib import import_module
@@ -21,15 +25,19 @@ from etude.errors import ConfigError
 
 
 def load_object(reference: str, home: str | None = None) -> Any:
-    """The object that a reference names.
+    """The object that a reference names, or what calling it gives.
 
     Args:
-        reference: `file.py:name`, `package.module:name` or a short name; the name may be dotted.
+        reference: `file.py:name`, `package.module:name` or a short name; the name may be dotted. It is called
+            if arguments follow in parentheses, which are Python literals.
         home: the package that short names are looked up in, such as `etude.tools`.
 
     Raises:
-        ConfigError: there is no such file, module or name, or importing it failed.
+        ConfigError: there is no such file, module or name, importing it failed, or it doesn't take the
+            arguments.
     """
+    if call := _CALL.fullmatch(reference):
+        return _called(load_object(call["name"], home), **call.groupdict())
     place, colon, name = reference.rpartition(":")
     if not colon:
         return _shipped(reference, home)
@@ -44,6 +52,36 @@ def load_object(reference: str, home: str | None = None) -> Any:
 
 
 _EXPECTED = "expected file.py:name or package.module:name"
+_CALL = re.compile(r"(?P<name>.*?:[\w.]+|\w+)\((?P<arguments>.*)\)", re.DOTALL)
+
+
+def _called(found: Any, name: str, arguments: str) -> Any:
+    try:
+        given, named = _literals(arguments)
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"the arguments of {name}({arguments}) can't be read; expected numbers, quoted texts, lists "
+            "and the like, such as (512, key='text')"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"{name} is {found!r}, which takes no arguments; leave out ({arguments})")
+    try:
+        inspect.signature(found).bind(*given, **named)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} can't be called with ({arguments}): {error}") from error
+    return found(*given, **named)
+
+
+def _literals(arguments: str) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments by position and by name; ValueError or SyntaxError for what is no literal."""
+    call = ast.parse(f"_({arguments})", mode="eval").body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError("more than one call")
+    given = [ast.literal_eval(argument) for argument in call.args]
+    named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    if "None" in named:
+        raise ValueError("a mapping in place of arguments")
+    return given, named
 
 
 def _shipped(name: str, home: str | None) -> Any:

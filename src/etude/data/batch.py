@@ -9,7 +9,7 @@ the rest is padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from etude.data.families import Layout
 from etude.errors import DataError
-from etude.types import STOP_POLICIES, Episode, StopPolicy
+from etude.types import STOP_POLICIES, Episode, NamedReward, StopPolicy, StopReason
 
 
 @dataclass(slots=True)
@@ -31,6 +31,8 @@ class Trajectory:
         bootstrap: the value of its last state stands in for what would have followed.
         prompt_length: tokens before the first thing that followed the prompt.
         sampler_logprobs: the sampler's log-probabilities of the sampled tokens [n], if known.
+        rewards: what the score was made of, where that is known.
+        compared: its score takes part in baselines. By default where a token was sampled.
     """
 
     token_ids: Tensor
@@ -39,16 +41,23 @@ class Trajectory:
     bootstrap: bool = False
     prompt_length: int = 0
     sampler_logprobs: Tensor | None = None
+    rewards: tuple[NamedReward, ...] = ()
+    compared: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.compared is None:
+            self.compared = len(self.sampled) > 0
         if len(self.sampled) and self.sampled[0] == 0:
             raise DataError("the first token of a sequence can't have been sampled: give the model a prompt")
 
     @classmethod
-    def of_episode(cls, episode: Episode) -> Trajectory:
+    def of_episode(
+        cls, episode: Episode, policies: Mapping[StopReason, StopPolicy] = STOP_POLICIES
+    ) -> Trajectory:
         """An episode under its stop reason's policy: what isn't trained on has no sampled tokens left."""
-        policy = STOP_POLICIES[episode.stop] if episode.stop is not None else StopPolicy()
+        policy = policies[episode.stop] if episode.stop is not None else StopPolicy()
         mask = torch.tensor(episode.sampled, dtype=torch.bool)
+        compared = policy.reward != "drop" and bool(mask.any())
         if not policy.train:
             mask[:] = False
         logprobs = [x for s in episode.segments if s.sampled for x in s.logprobs or ()]
@@ -61,6 +70,8 @@ class Trajectory:
             bootstrap=policy.bootstrap,
             prompt_length=sum(prompt),
             sampler_logprobs=torch.tensor(logprobs) if known else None,
+            rewards=() if policy.reward == "drop" else tuple(episode.rewards),
+            compared=compared,
         )
 
     @classmethod
@@ -74,6 +85,19 @@ class Trajectory:
                 raise DataError(f"a response has {len(response)} tokens and its mask {len(mask)}")
             positions = positions[mask.bool().to(positions.device)]
         return cls(torch.cat([query, response]).cpu(), positions.cpu(), score, prompt_length=len(query))
+
+    @property
+    def early_rewards(self) -> dict[int, float]:
+        """What was earned before the end, by number of the sampled token; the rest of the score comes there.
+
+        A reward at a token that wasn't sampled belongs to the last sampled one before it.
+        """
+        earned: dict[int, float] = {}
+        for reward in self.rewards:
+            if reward.position is not None and reward.value is not None and len(self.sampled):
+                token = max(int((self.sampled <= reward.position).sum()) - 1, 0)
+                earned[token] = earned.get(token, 0.0) + reward.weighted
+        return earned
 
 
 def _kept(reward: float, policy: StopPolicy) -> float:

@@ -68,7 +68,8 @@ class TextEnvironment(Lockstep):
         generation_kwargs: `max_new_tokens` (per turn), `temperature`, `top_k`, …; sampling, unless
             `do_sample=False`. Every turn begins with `forced_prefix`, whose tokens are not sampled: their
             mask is 0. The mapping is not changed.
-        rewards: general rewards, `f(prompts, completions, **columns)` or `Reward`s, alone or in a list.
+        rewards: general rewards, `f(prompts, completions, **columns)` or `Reward`s, alone or in a list; of an
+            episode, of its turns or of its tokens, as their `level` says.
         max_tool_response_tokens: the same limit in tokens.
         max_tool_calls: per episode at most; a further call ends it.
         tool_timeout: seconds a tool may take.
@@ -161,7 +162,7 @@ class TextEnvironment(Lockstep):
         return False
 
     async def score(self, episodes: Sequence[Episode]) -> None:
-        """Append rewards to each episode."""
+        """Append rewards to each episode, those of turns and tokens where they belong."""
         await score_episodes(self.rewards, episodes)
 
     # Playing.

@@ -1,9 +1,10 @@
 """The training forward: one module whose `forward` gives log-probabilities, entropies and values.
 
 It is what `accelerator.prepare` wraps. Nobody calls trunk or head around it: gradient synchronisation,
-parameter gathering and autocast would be lost. Sequences come packed end to end; models that can't be
-packed are padded in here, so that callers never notice. Logits are computed at the asked positions only,
-and chunk by chunk (`head`), unless they are asked for themselves.
+parameter gathering and autocast would be lost; a value model beside the policy is a part of it, too.
+Sequences come packed end to end; models that can't be packed are padded in here, so that callers never
+notice. Logits are computed at the asked positions only, and chunk by chunk (`head`), unless they are asked
+for themselves.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from etude.models.head import CHUNK_BYTES, ChunkedHead, token_scores
-from etude.models.loading import trunk_of
+from etude.models.loading import decoder_of, trunk_of
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs
+from etude.models.value_model import ValueModel
 
 
 class PolicyOutput(NamedTuple):
@@ -26,7 +28,7 @@ class PolicyOutput(NamedTuple):
 
     Attributes:
         logprobs: of the tokens sampled there, [M] float32, with gradient.
-        entropies: of the next-token distributions, [M], without gradient.
+        entropies: of the next-token distributions, [M], with gradient if asked for.
         values: of the states [M], or None for a model without value head.
         last_values: of the last states [K], or None.
         logits: [M, V] if asked for.
@@ -46,11 +48,16 @@ class PolicyForward(nn.Module):
         model: the policy.
         chunk_bytes: what logits may take at a time, in float32. Those of more states are computed in chunks,
             and again in the backward pass; a model that `models.head` can't serve computes all at once.
+        value_model: what gives the values; by default the policy's value head, if it has one.
     """
 
-    def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES, value_model: ValueModel | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.value_model = value_model
+        self.values_pack = value_model is not None and supports_packing(decoder_of(value_model.model))
         trunk = trunk_of(model)
         self.packs = supports_packing(trunk)
         self.head = ChunkedHead.of(trunk, chunk_bytes)
@@ -66,15 +73,23 @@ class PolicyForward(nn.Module):
         last_states: Tensor,
         temperature: float = 1.0,
         keep_logits: bool = False,
+        entropy_gradient: bool = False,
         prefixes: Sequence[int | None] = (),
+        with_values: bool = True,
     ) -> PolicyOutput:
-        """See `data.batch.PackedBatch` for the arguments; without `prefixes`, no sequence has one."""
+        """See `data.batch.PackedBatch` for the arguments; without `prefixes`, no sequence has one.
+
+        Without `with_values`, no value model is asked.
+        """
         head = None if keep_logits else self.head
         run = self._packed if self.packs else self._padded
-        outputs, values = run(head, input_ids, lengths, prefixes, torch.cat([states, last_states]))
+        wanted = torch.cat([states, last_states])
+        outputs, values = run(head, input_ids, lengths, prefixes, wanted)
+        if self.value_model is not None and with_values:
+            values = self._values_apart(self.value_model, input_ids, lengths, prefixes, wanted)
         outputs, count = outputs[: len(states)], len(states)
         score = token_scores if head is None else head
-        logprobs, entropies = score(outputs, targets, temperature)
+        logprobs, entropies = score(outputs, targets, temperature, entropy_gradient)
         return PolicyOutput(
             logprobs=logprobs,
             entropies=entropies,
@@ -107,17 +122,23 @@ class PolicyForward(nn.Module):
         prefixes: Sequence[int | None],
         wanted: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """A row for each sequence; one that goes on from another has that one in front, computed again."""
-        pieces = input_ids.split(list(lengths))
-        before = [pieces[0][:0] if p is None else pieces[p] for p in prefixes or [None] * len(pieces)]
-        rows = [torch.cat(pair) for pair in zip(before, pieces, strict=True)]
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        first, end = (torch.tensor([len(x) for x in each], device=padded.device) for each in (before, rows))
-        columns = torch.arange(padded.shape[1], device=padded.device)[None]
-        mask = columns < end[:, None]
-        own = mask & (columns >= first[:, None])
-        outputs, values = self._call(head, input_ids=padded, attention_mask=mask.long(), use_cache=False)
+        inputs, own = _padded_inputs(input_ids, lengths, prefixes)
+        outputs, values = self._call(head, **inputs)
         return outputs[own][wanted], None if values is None else values[own][wanted]
+
+    def _values_apart(
+        self,
+        value_model: ValueModel,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        prefixes: Sequence[int | None],
+        wanted: Tensor,
+    ) -> Tensor:
+        if self.values_pack:
+            plan = PackedPlan(lengths, prefixes=prefixes, device=input_ids.device)
+            return value_model(**packed_inputs(input_ids, plan))[0, wanted]
+        inputs, own = _padded_inputs(input_ids, lengths, prefixes)
+        return value_model(**inputs)[own][wanted]
 
     def _call(self, head: ChunkedHead | None, **inputs: object) -> tuple[Tensor, Tensor | None]:
         """Logits or, with `head`, the states that are left for it to turn into them; and values."""
@@ -127,3 +148,21 @@ class PolicyForward(nn.Module):
         with head.postponed() as states:
             output = self.model(**inputs)
         return states[0], output[2] if self._has_values else None
+
+
+def _padded_inputs(
+    input_ids: Tensor, lengths: Sequence[int], prefixes: Sequence[int | None]
+) -> tuple[dict[str, object], Tensor]:
+    """Keywords of a model's forward for sequences that lie end to end, and where their tokens went [B, T].
+
+    A sequence that goes on from another has that one in front, computed again.
+    """
+    pieces = input_ids.split(list(lengths))
+    before = [pieces[0][:0] if p is None else pieces[p] for p in prefixes or [None] * len(pieces)]
+    rows = [torch.cat(pair) for pair in zip(before, pieces, strict=True)]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    first, end = (torch.tensor([len(x) for x in each], device=padded.device) for each in (before, rows))
+    columns = torch.arange(padded.shape[1], device=padded.device)[None]
+    mask = columns < end[:, None]
+    own = mask & (columns >= first[:, None])
+    return {"input_ids": padded, "attention_mask": mask.long(), "use_cache": False}, own

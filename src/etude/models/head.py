@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,32 +111,39 @@ class ChunkedHead:
             for handle in handles:
                 handle.remove()
 
-    def __call__(self, states_MD: Tensor, targets_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [M] of `targets_M`, with gradient, and entropies [M], without."""
+    def __call__(
+        self, states_MD: Tensor, targets_M: Tensor, temperature: float, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [M] of `targets_M`, with gradient, and entropies [M], with one where asked."""
         layer = self.layer
         assert layer is not None
         vocabulary = self.model.config.get_text_config().vocab_size
         rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes)
         if rows >= len(states_MD):
-            return self._at_once(layer, states_MD, targets_M, temperature)
+            return self._at_once(layer, states_MD, targets_M, temperature, entropy_gradient)
         if _is_plain(layer):
             parameters = layer.weight, layer.bias
             scores: tuple[Tensor, Tensor] = _LinearHead.apply(
-                states_MD, *parameters, targets_M, self.finish, temperature, rows
+                states_MD, *parameters, targets_M, self.finish, temperature, entropy_gradient, rows
             )
             return scores
-        chunks = zip(states_MD.split(rows), targets_M.split(rows), strict=True)
+        score = partial(self._at_once, temperature=temperature, entropy_gradient=entropy_gradient)
         parts = [
-            checkpoint(self._at_once, layer, states_CD, targets_C, temperature, use_reentrant=False)
-            for states_CD, targets_C in chunks
+            checkpoint(score, layer, states_CD, targets_C, use_reentrant=False)
+            for states_CD, targets_C in zip(states_MD.split(rows), targets_M.split(rows), strict=True)
         ]
         logprobs, entropies = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _at_once(
-        self, layer: nn.Module, states_CD: Tensor, targets_C: Tensor, temperature: float
+        self,
+        layer: nn.Module,
+        states_CD: Tensor,
+        targets_C: Tensor,
+        temperature: float,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        return token_scores(self.finish(layer(states_CD)), targets_C, temperature)
+        return token_scores(self.finish(layer(states_CD)), targets_C, temperature, entropy_gradient)
 
     @torch.no_grad()
     def _explains_logits(self) -> bool:
@@ -187,9 +195,13 @@ def chunk_rows(count: int, vocabulary: int, chunk_bytes: int) -> int:
     return math.ceil(count / max(1, math.ceil(count / most)))
 
 
-def token_scores(logits_MV: Tensor, targets_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [M], with gradient, and entropies [M], without."""
+def token_scores(
+    logits_MV: Tensor, targets_M: Tensor, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [M], with gradient, and entropies [M], with one where asked."""
     logprobs_M = token_logprobs(logits_MV, targets_M, temperature)
+    if entropy_gradient:
+        return logprobs_M, entropy(logits_MV, temperature)
     with torch.no_grad():  # last, where a checkpoint's second forward needn't reach
         return logprobs_M, entropy(logits_MV.detach(), temperature)
 
@@ -216,6 +228,7 @@ class _LinearHead(torch.autograd.Function):
         targets_M: Tensor,
         finish: Finish,
         temperature: float,
+        entropy_gradient: bool,
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = _computing_dtype(weight_VD)
@@ -229,15 +242,17 @@ class _LinearHead(torch.autograd.Function):
                 logits_CV = finish(linear(states_MD[here].to(dtype), weight, bias))
                 scores = _scores(scaled_logits(logits_CV, temperature), targets_M[here, None])
                 logprobs_M[here], entropies_M[here], totals_M[here] = scores
-        ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M)
+        kept_M = entropies_M if entropy_gradient else None
+        ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M, kept_M)
         ctx.settings = finish, temperature, rows, dtype
-        ctx.mark_non_differentiable(entropies_M)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies_M)
         return logprobs_M, entropies_M
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        states_MD, weight_VD, bias_V, targets_M, totals_M = ctx.saved_tensors
+        states_MD, weight_VD, bias_V, targets_M, totals_M, entropies_M = ctx.saved_tensors
         finish, temperature, rows, dtype = ctx.settings
         inputs = states_MD, weight_VD, bias_V
         d_states, d_weight, d_bias = (
@@ -253,6 +268,7 @@ class _LinearHead(torch.autograd.Function):
                     targets_M[here, None],
                     totals_M[here, None],
                     gradients[0][here, None],
+                    None if entropies_M is None else (entropies_M[here, None], gradients[1][here, None]),
                     finish,
                     temperature,
                 ).to(dtype)
@@ -264,7 +280,7 @@ class _LinearHead(torch.autograd.Function):
                     d_weight += d_raw.t() @ states_CD
                 if d_bias is not None:
                     d_bias += d_raw.sum(0)
-        return d_states, d_weight, d_bias, None, None, None, None
+        return d_states, d_weight, d_bias, None, None, None, None, None
 
 
 def _scores(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,18 +301,29 @@ def _logits_gradient(
     targets_C1: Tensor,
     totals_C1: Tensor,
     gradient_C1: Tensor,
+    entropies_C1: tuple[Tensor, Tensor] | None,
     finish: Finish,
     temperature: float,
 ) -> Tensor:
     """Of Σ gradient · log π(target), by the layer's output: gradient · (1[v = target] − π(v)) · slope.
 
+    With entropies H and their gradients, of Σ gradient · H too: −gradient · π(v) · (log π(v) + H) · slope.
     Overwrites `raw_CV`, where it can.
     """
     logits_CV = finish(raw_CV)
     slope_CV = None if finish.softcap is None else 1 - (logits_CV / finish.softcap) ** 2
-    gradient_C1 = gradient_C1 * (finish.scale / temperature)
-    probs_CV = scaled_logits(logits_CV, temperature).sub_(totals_C1).exp_()
-    d_raw = probs_CV.mul_(-gradient_C1).scatter_add_(-1, targets_C1, gradient_C1)
+    factor = finish.scale / temperature
+    gradient_C1 = gradient_C1 * factor
+    logprobs_CV = scaled_logits(logits_CV, temperature).sub_(totals_C1)
+    if entropies_C1 is None:
+        d_raw = logprobs_CV.exp_().mul_(-gradient_C1)
+    else:
+        entropy_C1, entropy_gradient_C1 = entropies_C1
+        probs_CV = logprobs_CV.exp()
+        finite_CV = logprobs_CV.clamp_(min=torch.finfo(logprobs_CV.dtype).min)  # 0 · −inf would be NaN
+        d_raw = finite_CV.add_(entropy_C1).mul_(probs_CV).mul_(-factor * entropy_gradient_C1)
+        d_raw.addcmul_(probs_CV, gradient_C1, value=-1)
+    d_raw.scatter_add_(-1, targets_C1, gradient_C1)
     return d_raw if slope_CV is None else d_raw.mul_(slope_CV)
 
 

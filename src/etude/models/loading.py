@@ -26,8 +26,11 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -117,7 +120,7 @@ def load_causal_lm(
     """
     name = locate(name_or_path, "a model")
     place = {"revision": revision, **{key: options[key] for key in HUB_OPTIONS if key in options}}
-    adapter = _find_adapter(name, place)
+    adapter = find_adapter(name, place)
     if adapter is not None and peft_config is not None:
         raise ModelError(
             f"{name!r} is an adapter already, and peft_config asks for a new one. Leave peft_config out to "
@@ -132,15 +135,34 @@ def load_causal_lm(
         model = _load_trunk(name, {**options, **place})
     else:
         model = _load_trunk(
-            _base_of(adapter, name), {**_without(options, "subfolder"), "revision": adapter.revision}
+            base_of(adapter, name), {**_without(options, "subfolder"), "revision": adapter.revision}
         )
-        with explained("the adapter", name), _current_peft():
+        with explained("the adapter", name), current_peft():
             model = PeftModel.from_pretrained(model, name, is_trainable=is_trainable, **place)
     if peft_config is not None:
         model = add_adapter(model, peft_config)
     if not is_trainable:
         model.requires_grad_(False)
     return model.eval() if device is None else model.eval().to(device)
+
+
+def load_decoder(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """A decoder without its language-model head, from a directory or hub id, in eval mode.
+
+    A sequence-classification checkpoint gives the classifier. The options are those of `load_causal_lm`.
+
+    Raises:
+        ModelError: there is no such place, no decoder in it, or an option is unknown.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    options = {**given, "dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code}
+    return _load_trunk(locate(name_or_path, "a model"), options, headless=True).eval()
 
 
 def lora_config(
@@ -166,7 +188,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     """Put a fresh adapter on a model and freeze the rest; `peft_config` itself stays as it is.
 
     Raises:
-        ModelError: the model carries adapters already, or `peft_config` is not a PEFT configuration.
+        ModelError: the model carries adapters already, `peft_config` is not a PEFT configuration, or peft
+            can't put it on this model (a family whose layers it doesn't know by name, say).
     """
     if not isinstance(peft_config, PeftConfig):
         raise ModelError(
@@ -181,8 +204,31 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     peft_config = copy.deepcopy(peft_config)  # peft writes the base model's name and its targets into it
     if isinstance(peft_config, LoraConfig) and any(isinstance(module, Conv1D) for module in model.modules()):
         peft_config.fan_in_fan_out = True  # GPT-2 stores its weights transposed; peft would warn and set this
-    with _current_peft():
-        return get_peft_model(model, peft_config)
+    if isinstance(peft_config, LoraConfig) and peft_config.target_modules == "all-linear":
+        peft_config.exclude_modules = peft_config.exclude_modules or _beyond_lora(model) or None
+    try:
+        with current_peft():
+            return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(
+            f"peft can't put this adapter on {type(model).__name__}: {str(error).rstrip('.')}. For LoRA on "
+            "every linear layer, give target_modules='all-linear'; else name some of model.named_modules()"
+        ) from error
+
+
+def _beyond_lora(model: nn.Module) -> list[str]:
+    """Linear layers that an adapter can't stand in for.
+
+    State-space layers (Mamba and its hybrids) hand these two layers' weights to a kernel, past an adapter;
+    and some routers (Llama 4's) are linear layers whose forward gives more than a product.
+    """
+    spared = []
+    for name, module in model.named_modules():
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            spared += [f"{name}.{layer}" for layer in ("dt_proj", "out_proj") if hasattr(module, layer)]
+        elif isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
+            spared.append(name)
+    return spared
 
 
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
@@ -211,6 +257,13 @@ def trunk_of(model: nn.Module) -> PreTrainedModel:
             f"{type(innermost).__name__}); expected a PreTrainedModel or a value-head, PEFT or DDP wrapper"
         )
     return innermost
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The decoder inside `trunk_of(model)`, without a head: its forward gives the last hidden states."""
+    decoder = trunk_of(model).base_model
+    assert isinstance(decoder, PreTrainedModel)
+    return decoder
 
 
 def locate(name_or_path: str | os.PathLike[str], holding: str) -> str:
@@ -245,7 +298,7 @@ def find_file(name: str, file: str, **place: Any) -> str | None:
     )
 
 
-def _load_trunk(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
+def _load_trunk(name: str, options: Mapping[str, Any], headless: bool = False) -> PreTrainedModel:
     place = {key: options[key] for key in HUB_OPTIONS if key in options}
     if os.path.isdir(name) and find_file(name, "config.json", **place) is None:
         raise ModelError(
@@ -262,13 +315,23 @@ def _load_trunk(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
             f"{name!r} is a {config.model_type} model, of which transformers knows no causal language model; "
             "expected a decoder with a language-model head"
         )
-    with explained("the model", name), _quiet_about_value_head() as seen:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    auto, harmless = AutoModelForCausalLM, VALUE_HEAD_KEY
+    if headless:
+        auto, harmless = _without_head(config), re.compile("")
+    with explained("the model", name), _quiet_about_unexpected(harmless) as seen:
+        loaded: Any = auto.from_pretrained(name, output_loading_info=True, **options)
         model, seen["info"] = loaded
     return model
 
 
-def _find_adapter(name: str, place: Mapping[str, Any]) -> PeftConfig | None:
+def _without_head(config: PreTrainedConfig) -> Any:
+    """The class that loads a checkpoint without its language-model head, but with a score head it has."""
+    scored = any("ForSequenceClassification" in name for name in config.architectures or ())
+    return AutoModelForSequenceClassification if scored else AutoModel
+
+
+def find_adapter(name: str, place: Mapping[str, Any]) -> PeftConfig | None:
+    """The configuration of the adapter that a directory or hub repository holds; None if it holds none."""
     with explained("the adapter", name):
         given = {key: value for key, value in place.items() if value is not None}
         if find_adapter_config_file(name, **given) is None:
@@ -276,7 +339,12 @@ def _find_adapter(name: str, place: Mapping[str, Any]) -> PeftConfig | None:
         return PeftConfig.from_pretrained(name, **given)
 
 
-def _base_of(adapter: PeftConfig, name: str) -> str:
+def base_of(adapter: PeftConfig, name: str) -> str:
+    """Where the base model of the adapter in `name` is.
+
+    Raises:
+        ModelError: the adapter doesn't say, or nothing is there.
+    """
     if not adapter.base_model_name_or_path:
         raise ModelError(
             f"the adapter in {name!r} doesn't say which model it belongs to: write the model's directory or "
@@ -322,16 +390,24 @@ def explained(what: str, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _current_peft() -> Iterator[None]:
-    """Silence peft's use of an attribute that transformers has renamed: nothing a user could act on."""
+def current_peft() -> Iterator[None]:
+    """Silence what no user could act on.
+
+    Peft uses an attribute that transformers has renamed; and it misses modules for the ranks that it sets
+    for experts, which are parameters, and get their adapters.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        for pattern in ("rank", "alpha"):
+            warnings.filterwarnings(
+                "ignore", f"The following {pattern}_pattern keys.*gate_up_proj", RuntimeWarning
+            )
         yield
 
 
 @contextmanager
-def _quiet_about_value_head() -> Iterator[dict[str, Any]]:
-    """Hold back transformers' report on the weights it loaded if all it reports is a value head.
+def _quiet_about_unexpected(harmless: re.Pattern[str]) -> Iterator[dict[str, Any]]:
+    """Hold back transformers' report on the weights it loaded if all it reports is `harmless` ones unused.
 
     The caller puts the loading info under "info". A report on anything else is passed on, and so is one
     that precedes an error.
@@ -352,7 +428,7 @@ def _quiet_about_value_head() -> Iterator[dict[str, Any]]:
     finally:
         logger.removeFilter(hold)
         info = seen.get("info", {"error_msgs": ["not loaded"]})
-        strange = {key for key in info.get("unexpected_keys", ()) if not VALUE_HEAD_KEY.search(key)}
+        strange = {key for key in info.get("unexpected_keys", ()) if not harmless.search(key)}
         if strange or any(info.get(key) for key in ("missing_keys", "mismatched_keys", "error_msgs")):
             for record in held:
                 logger.handle(record)

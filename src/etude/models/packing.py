@@ -76,8 +76,11 @@ def probes(model: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def plain_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
-    """[T, V], of one forward of one sequence, which everything else is measured by."""
-    return model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False).logits[0]
+    """[T, V], of one forward of one sequence, which everything else is measured by.
+
+    A model without a head gives its last hidden states [T, D] instead.
+    """
+    return model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False)[0][0]
 
 
 def same_logits(actual: Tensor, expected: Tensor) -> bool:
@@ -132,7 +135,7 @@ def _packs(model: PreTrainedModel, sequences: list[list[int]], alone: list[Tenso
     for order in ((0, 1), (1, 0), (2, 1), (2, 1, 0, 2)):
         plan = PackedPlan([len(sequences[i]) for i in order], device=model.device)
         flat = list(chain.from_iterable(sequences[i] for i in order))
-        logits = model(**packed_inputs(flat, plan)).logits[0]
+        logits = model(**packed_inputs(flat, plan))[0][0]
         if not same_logits(logits, torch.cat([alone[i] for i in order])):
             return False
         if not _same_windows(model, plan.windows):
@@ -154,7 +157,7 @@ def _continues(model: PreTrainedModel, sequences: list[list[int]], alone: list[T
             slots=[2 - i for i in fed],
             device=model.device,
         )
-        logits = model(**packed_inputs(list(chain.from_iterable(pieces)), plan)).logits[0]
+        logits = model(**packed_inputs(list(chain.from_iterable(pieces)), plan))[0][0]
         expected = torch.cat([alone[i][past[i] : past[i] + step[i]] for i in fed])
         if not same_logits(logits, expected):
             return False

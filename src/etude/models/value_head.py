@@ -37,6 +37,7 @@ from etude.models.loading import (
     locate,
     trunk_of,
 )
+from etude.models.reward_adapter import DEFAULT_NAME, RewardAdapter, policy_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         super().__init__()
         _check_can_carry_values(pretrained_model)
         self.pretrained_model = pretrained_model
+        self.reward_adapter: RewardAdapter | None = None
         lm_head = self._lm_head()
         if summary_dropout_prob is None:
             summary_dropout_prob = getattr(self.config, "summary_dropout_prob", 0.1)
@@ -126,6 +128,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         summary_dropout_prob: float | None = None,
         v_head_initializer_range: float = 0.2,
         v_head_init_strategy: str | None = None,
+        reward_adapter: str | os.PathLike[str] | None = None,
+        reward_adapter_name: str = DEFAULT_NAME,
         **options: Any,
     ) -> Self:
         """Wrap a model, or load one from a directory or hub id together with its value head, if it has one.
@@ -136,6 +140,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             peft_config: put a fresh adapter on the model.
             is_trainable: False freezes all parameters, a loaded adapter and the head included.
             summary_dropout_prob, v_head_initializer_range, v_head_init_strategy: see the class.
+            reward_adapter: directory or hub id of a LoRA adapter that peft saved for sequence classification:
+                a reward model on the same base, see `compute_reward_score`. The model needs adapters itself.
+            reward_adapter_name: what that adapter is called on this model.
             options: see `load_causal_lm`. `dtype` (or its old name `torch_dtype`) is float32 unless given.
 
         Raises:
@@ -163,13 +170,51 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             name = locate(source, "a model")
             place = {key: options[key] for key in HUB_OPTIONS if key in options}
             with explained("the value head", name):
-                model._load_head(name, _read_head(name, place))
+                load_head(model.v_head, name, place)
         else:
             raise ModelError(
                 f"from_pretrained got a {type(source).__name__}; expected a directory, a hub id, a "
                 "transformers model or a PeftModel"
             )
+        if reward_adapter is not None:
+            place = {key: options[key] for key in ("cache_dir", "token") if key in options}
+            model.reward_adapter = RewardAdapter.load(model, reward_adapter, reward_adapter_name, **place)
         return model if is_trainable else model.requires_grad_(False)
+
+    def add_and_load_reward_modeling_adapter(
+        self,
+        adapter_model_id: str | os.PathLike[str],
+        adapter_name: str = DEFAULT_NAME,
+        token: str | bool | None = None,
+    ) -> None:
+        """What `from_pretrained` does with `reward_adapter`, afterwards."""
+        place = {} if token is None else {"token": token}
+        self.reward_adapter = RewardAdapter.load(self, adapter_model_id, adapter_name, **place)
+
+    def compute_reward_score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        ppo_adapter_name: str = "default",
+        **kwargs: Any,
+    ) -> Tensor:
+        """The reward adapter's scores [B, T, L] of L labels after each token, without gradient.
+
+        The text's score is that of its last token. Afterwards the adapters that were active are active
+        again, and whatever was trainable is.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 for tokens and 0 for padding.
+            ppo_adapter_name: taken for compatibility.
+            kwargs: for the decoder's forward.
+
+        Raises:
+            ModelError: the model has no reward adapter.
+        """
+        if self.reward_adapter is None:
+            raise ModelError("the model has no reward adapter; load it with reward_adapter=, a place of one")
+        return self.reward_adapter.scores(input_ids, attention_mask, **kwargs)
 
     @property
     def is_peft_model(self) -> bool:
@@ -266,12 +311,13 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         if state_dict is not None:
             options["state_dict"] = _under("pretrained_model.", state_dict)
         os.makedirs(save_directory, exist_ok=True)
+        if isinstance(self.pretrained_model, PeftModel):
+            options.setdefault("selected_adapters", policy_adapters(self.pretrained_model))
         self.pretrained_model.save_pretrained(
             os.fspath(save_directory), is_main_process=is_main_process, **options
         )
         if is_main_process:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head_state.items()}
-            save_file(tensors, os.path.join(save_directory, VALUE_HEAD_FILE), metadata={"format": "pt"})
+            save_head(head_state, save_directory)
 
     def push_to_hub(
         self,
@@ -300,20 +346,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def _lm_head(self) -> Any:
         # Looked up each time: resizing the vocabulary and FSDP put another module there.
         return trunk_of(self.pretrained_model).get_output_embeddings()
-
-    def _load_head(self, name: str, state: Mapping[str, Tensor]) -> None:
-        if not state:
-            logger.info("%s has no value head; a new one was initialised", name)
-            return
-        expected = self.v_head.state_dict()
-        if {key: tensor.shape for key, tensor in state.items()} != {
-            key: tensor.shape for key, tensor in expected.items()
-        }:
-            raise ModelError(
-                f"the value head in {name!r} has {_shapes(state)}; the model's takes {_shapes(expected)}. "
-                "Was it saved with another model?"
-            )
-        self.v_head.load_state_dict(state)
 
 
 def _check_can_carry_values(model: PreTrainedModel | PeftModel) -> None:
@@ -375,6 +407,32 @@ def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "accelerator.get_state_dict(model)), or none"
         )
     return found
+
+
+def load_head(head: ValueHead, name: str, place: Mapping[str, Any]) -> None:
+    """Fill `head` from a directory or hub repository; where that holds no value head, it stays as it is.
+
+    Raises:
+        ModelError: the value head there is of another shape, or can't be read.
+    """
+    state = _read_head(name, place)
+    if not state:
+        logger.info("%s has no value head; a new one was initialised", name)
+        return
+    expected = head.state_dict()
+    if {key: tensor.shape for key, tensor in state.items()} != {
+        key: tensor.shape for key, tensor in expected.items()
+    }:
+        raise ModelError(
+            f"the value head in {name!r} has {_shapes(state)}; the model's takes {_shapes(expected)}. "
+            "Was it saved with another model?"
+        )
+    head.load_state_dict(state)
+
+
+def save_head(state: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, os.path.join(directory, VALUE_HEAD_FILE), metadata={"format": "pt"})
 
 
 def _read_head(name: str, place: Mapping[str, Any]) -> dict[str, Tensor]:

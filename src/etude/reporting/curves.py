@@ -64,7 +64,9 @@ class Chart:
         power = 10.0 ** math.floor(math.log10(high - low))
         step = next(part * power for part in (0.5, 1, 2, 5) if (high - low) / (part * power) < 4)
         multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
-        return [(self._y(multiple * step), number(multiple * step)) for multiple in multiples]
+        # A tick on the very edge may come to lie beyond it by rounding.
+        values = [multiple * step for multiple in multiples]
+        return [(min(max(self._y(value), 0.0), 100.0), number(value)) for value in values]
 
     @property
     def lines(self) -> list[tuple[str, str]]:

@@ -41,22 +41,37 @@ def legend() -> Text:
 
 
 def episode_text(episode: Episode) -> Text:
-    """The episode as it reads, then its rewards and why it ended."""
+    """The episode as it reads, each turn's rewards behind it; then its rewards and why it ended."""
     text = Text()
-    for segment in episode.segments:
+    for segment, rewards in zip(episode.segments, rewards_within(episode), strict=True):
         text.append(visible(segment.text), _segment_style(segment))
+        text.append_text(_earned([reward for at_token in rewards.values() for reward in at_token]))
     return text.append_text(_outcome(episode))
 
 
 def episode_tokens(episode: Episode, tokenizer: TokenSpeller) -> Text:
-    """The episode token by token, with a bar between tokens; then its rewards and why it ended."""
+    """The episode token by token, with a bar between tokens and rewards behind theirs; then the same end."""
     text = Text()
-    for segment in episode.segments:
+    for segment, rewards in zip(episode.segments, rewards_within(episode), strict=True):
         tokens = spell(segment.token_ids, tokenizer)
-        for token in token_texts(segment.text, tokens) or tokens:
+        for place, token in enumerate(token_texts(segment.text, tokens) or tokens):
             text.append("│" if text else "", _style("prompt"))
             text.append(visible(token), _segment_style(segment))
+            text.append_text(_earned(rewards.get(place, ())))
     return text.append_text(_outcome(episode))
+
+
+def rewards_within(episode: Episode) -> list[dict[int, list[NamedReward]]]:
+    """For each segment the rewards that apply on its tokens, by the token's place in it."""
+    placed: list[dict[int, list[NamedReward]]] = []
+    for start, end, _ in episode.spans():
+        here: dict[int, list[NamedReward]] = {}
+        for reward in episode.rewards:
+            at = reward.position
+            if at is not None and start <= at < end and reward.value is not None:
+                here.setdefault(at - start, []).append(reward)
+        placed.append(here)
+    return placed
 
 
 # Control, format (bidirectional among them) and surrogate characters, line and paragraph separators …
@@ -127,7 +142,7 @@ def _sentence_piece(token: str) -> bytes:
 
 
 def _outcome(episode: Episode) -> Text:
-    rewards = ", ".join(_reward(reward) for reward in episode.rewards)
+    rewards = ", ".join(_reward(total) for total in episode.reward_totals.values())
     total = f"reward {episode.reward:.3g}" + (f" ({rewards})" if rewards else "")
     ending = ["unfinished" if episode.stop is None else episode.stop.replace("_", " ")]
     ending += [f"{call.name}: {call.error}" for call in episode.tool_calls if call.error]
@@ -136,6 +151,12 @@ def _outcome(episode: Episode) -> Text:
     return Text.assemble(
         "\n", (visible(total), _style("reward")), (" · ", style), (visible(" · ".join(ending)), style)
     )
+
+
+def _earned(rewards: Sequence[NamedReward]) -> Text:
+    totals = Episode(rewards=list(rewards)).reward_totals.values()
+    shown = ", ".join(f"{total.name} {total.value:.3g}" for total in totals)
+    return Text(visible(f"[{shown}]") if shown else "", _style("reward"))
 
 
 def _reward(reward: NamedReward) -> str:

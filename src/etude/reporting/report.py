@@ -26,9 +26,9 @@ import yaml
 
 from etude.errors import CheckpointError, ConfigError
 from etude.reporting.curves import groups, in_words
-from etude.reporting.episodes import token_texts, visible
+from etude.reporting.episodes import rewards_within, token_texts, visible
 from etude.reporting.terminal import number
-from etude.types import Episode, Segment
+from etude.types import Episode, NamedReward, Segment
 
 _FILES = ("run.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json")
 _SECRET = re.compile(r"(^|[._])(hub_token|api_token|access_token|auth_token|api_key|password|secret)$")
@@ -211,6 +211,7 @@ def _shared_lines(texts: Sequence[str]) -> int:
 def _episode(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     tokens = [segment.pop("tokens", None) or () for segment in row["segments"]]
     episode = Episode.from_json(row)
+    segments = zip(episode.segments, tokens, rewards_within(episode), strict=True)
     return {
         "step": row["step"],
         "split": row["split"],
@@ -225,16 +226,21 @@ def _episode(row: Mapping[str, Any], name: str) -> dict[str, Any]:
             if key != "prompt"
         ],
         "reward": episode.reward,
-        "rewards": [{**asdict(reward), "name": visible(reward.name)} for reward in episode.rewards],
+        "rewards": [
+            {"name": visible(total.name), "value": total.value, "weight": total.weight}
+            for total in episode.reward_totals.values()
+        ],
         "calls": [
             {**asdict(call), "name": visible(call.name or "(no name)"), "response": visible(call.response)}
             for call in episode.tool_calls
         ],
-        "segments": [_segment(*pair) for pair in zip(episode.segments, tokens, strict=True)],
+        "segments": [_segment(*parts) for parts in segments],
     }
 
 
-def _segment(segment: Segment, tokens: Sequence[str | None]) -> dict[str, Any]:
+def _segment(
+    segment: Segment, tokens: Sequence[str | None], rewards: Mapping[int, Sequence[NamedReward]]
+) -> dict[str, Any]:
     """With `tokens`, what each token reads as: cut from the text where they spell it, else as they are."""
     spelling = [
         f"<{id}>" if token is None else token for id, token in zip(segment.token_ids, tokens, strict=False)
@@ -248,6 +254,7 @@ def _segment(segment: Segment, tokens: Sequence[str | None]) -> dict[str, Any]:
         "spelled": texts is not None,
         "logprobs": segment.logprobs and [p if p is None else round(p, 4) for p in segment.logprobs],
         "version": segment.policy_version,
+        "rewards": [(place, visible(r.name), r.value) for place, here in rewards.items() for r in here],
     }
 
 

@@ -15,32 +15,45 @@ from typing import Any
 
 from etude.errors import RewardError
 from etude.protocols import Reward
+from etude.rewards.levels import Level, Score, check_level
 from etude.rewards.scores import check_scores, check_weight
 from etude.types import Episode
 
 
 class FunctionReward:
-    """A function `f(prompts, completions, **columns) -> list[float | None]` as a `Reward`.
+    """A function `f(prompts, completions, **columns) -> list of scores` as a `Reward`.
 
     Arguments are passed by name, and only those that the function declares, unless it takes `**kwargs`:
     `prompts` and `completions` (lists of str, one per episode; completions are the model's own text), the
     columns of the episodes' tasks (lists, None where a task lacks the column), and `episodes`, the
-    `Episode` objects, where it is declared. These three names hide columns of the same name.
+    `Episode` objects, where it is declared. At the level "turn" also `turns`, for each episode the texts of
+    the model's turns; at "token" `token_ids`, for each the tokens that were sampled. These names hide columns
+    of the same name.
 
     Args:
         function: sync or async. Returns one score per episode: a number, a numpy or torch scalar or
-            None; or a 1-D array or tensor.
+            None where it doesn't apply; or a 1-D array or tensor. At the levels "turn" and "token" a score
+            is a list of these, one per turn of the model or per sampled token; `levels.positions` says where
+            each of them sits.
         name: in metrics; by default the function's `__name__` or the object's class name.
         weight: of its score in the episode's reward.
+        level: what it scores: the "episode" as a whole, each "turn" of it, or each "token".
     """
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None, weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str | None = None,
+        weight: float = 1.0,
+        level: Level = "episode",
+    ) -> None:
         self.function = function
         self.name = name_of(function) if name is None else name
         self.weight = check_weight(weight, self.name)
+        self.level = check_level(level, self.name)
         self._parameters = _parameters(function, self.name)
 
-    async def __call__(self, episodes: Sequence[Episode]) -> list[float | None]:
+    async def __call__(self, episodes: Sequence[Episode]) -> list[Score]:
         """Score episodes.
 
         Raises:
@@ -53,10 +66,27 @@ class FunctionReward:
             "prompts": [episode.prompt for episode in episodes],
             "completions": [episode.completion for episode in episodes],
         }
+        if self.level == "turn":
+            available["turns"] = [["".join(s.text for s in turn) for turn in e.model_turns] for e in episodes]
+        elif self.level == "token":
+            available["token_ids"] = [
+                [t for s in e.segments if s.sampled for t in s.token_ids] for e in episodes
+            ]
         if "episodes" in self._parameters:
             available["episodes"] = list(episodes)
         arguments = select_arguments(self._parameters, available, self.name)
-        return check_scores(await _call(self.function, arguments, self.name), self.name, episodes)
+        scores = await _call(self.function, arguments, self.name)
+        return check_scores(scores, self.name, episodes, self.level)
+
+
+def reward(
+    *, name: str | None = None, weight: float = 1.0, level: Level = "episode"
+) -> Callable[[Callable[..., Any]], FunctionReward]:
+    """`FunctionReward` as a decorator: `@reward(level="turn", weight=0.1)`.
+
+    The function itself stays within reach, as `function`.
+    """
+    return functools.partial(FunctionReward, name=name, weight=weight, level=level)
 
 
 class SegmentReward:
@@ -72,10 +102,14 @@ class SegmentReward:
             `**kwargs`; one given here hides a task's column of the same name.
 
     Raises:
-        RewardError: `reward_fn` doesn't take one of the columns.
+        RewardError: `reward_fn` is a `Reward` already, or doesn't take one of the columns.
     """
 
     def __init__(self, reward_fn: Callable[..., Any], weight: float = 1.0, **columns: Any) -> None:
+        if isinstance(reward_fn, Reward):
+            raise RewardError(
+                f"reward_fn is the reward {reward_fn.name!r}; pass it among rewards=[...] instead"
+            )
         self.function = reward_fn
         self.name = name_of(reward_fn)
         self.weight = check_weight(weight, self.name)

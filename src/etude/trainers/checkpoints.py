@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
 from etude.errors import CheckpointError
-from etude.models.loading import load_causal_lm
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.trainers.setup import Policy
+from etude.models.loading import load_causal_lm, trunk_of
+from etude.models.reward_adapter import adapted, policy_adapters
+from etude.models.value_head import AutoModelForCausalLMWithValueHead, load_head
 
 if TYPE_CHECKING:
     from etude.trainers.online import OnlineTrainer
 
+VALUE_MODEL = "value_model"  # where a value model lies in the directory of its policy
 _STATE, _TENSORS = "trainer_state.json", "trainer_state.pt"
 
 
 def save_checkpoint(trainer: OnlineTrainer, directory: Path) -> None:
-    trainer.model.save_pretrained(str(directory))  # peft takes no Path
+    save_models(trainer, directory)
     trainer.tokenizer.save_pretrained(directory)
     schedule = trainer.lr_scheduler
     tensors = {
@@ -49,7 +50,7 @@ def load_checkpoint(trainer: OnlineTrainer, directory: Path) -> None:
         raise CheckpointError(
             f"{directory} lacks {', '.join(missing)}; expected a checkpoint-<step> directory of a run"
         )
-    load_weights(trainer.model, directory)
+    load_models(trainer, directory)
     tensors = torch.load(directory / _TENSORS, map_location="cpu", weights_only=True)
     trainer.optimizer.load_state_dict(tensors["optimizer"])
     if trainer.lr_scheduler is not None and tensors["scheduler"] is not None:
@@ -60,16 +61,35 @@ def load_checkpoint(trainer: OnlineTrainer, directory: Path) -> None:
     trainer.load_state_dict(state)
 
 
-def load_weights(model: Policy, directory: Path) -> None:
-    """Read a saved model's weights into `model`, in place: whoever shares its tensors follows."""
-    if isinstance(model, PeftModel):  # the directory holds its adapter only
-        set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"))
-        return
-    load = (
-        AutoModelForCausalLMWithValueHead.from_pretrained
-        if isinstance(model, AutoModelForCausalLMWithValueHead)
-        else load_causal_lm
-    )
-    saved = load(directory, dtype=model.dtype)
-    with torch.no_grad():
-        model.load_state_dict(saved.state_dict())
+def save_models(trainer: OnlineTrainer, directory: Path) -> None:
+    """The policy in `directory`, a value model of its own in `directory/value_model`."""
+    model: Any = trainer.model
+    adapters = {"selected_adapters": policy_adapters(model)} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(str(directory), **adapters)  # peft takes no Path
+    if trainer.value_model is not None:
+        trainer.value_model.save_pretrained(directory / VALUE_MODEL)
+
+
+def load_models(trainer: OnlineTrainer, directory: Path) -> None:
+    """Read weights that `save_models` wrote, in place: whoever shares the tensors follows.
+
+    Raises:
+        CheckpointError: the trainer has a value model of its own, and none was saved.
+    """
+    model, value_model = trainer.model, trainer.value_model
+    if value_model is not None and not (directory / VALUE_MODEL).is_dir():
+        raise CheckpointError(
+            f"{directory} holds no {VALUE_MODEL}, since the run it is of had no value model of its own; "
+            "resume it without value_model"
+        )
+    peft = adapted(model)
+    if peft is not None:  # the directory holds its adapter only
+        set_peft_model_state_dict(peft, load_peft_weights(str(directory), device="cpu"))
+    else:
+        saved = load_causal_lm(directory, dtype=model.dtype)
+        with torch.no_grad():
+            trunk_of(model).load_state_dict(saved.state_dict())
+    if isinstance(model, AutoModelForCausalLMWithValueHead):
+        load_head(model.v_head, str(directory), {})
+    if value_model is not None:
+        value_model.load_weights(directory / VALUE_MODEL)

@@ -11,7 +11,8 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
     """Means over the episodes that weren't lost to our own failures.
 
     `success` is the share whose reward reaches `success_reward`; `tool_use` the share that called a tool;
-    `stop/<reason>` the share that ended for it, `rewards/<name>` each reward where there are several.
+    `stop/<reason>` the share that ended for it, `rewards/<name>` each reward where there are several: the sum
+    of its values in an episode, without its weight, over the episodes to which it applies.
     """
     played = [episode for episode in episodes if episode.stop is not StopReason.INFRASTRUCTURE]
     count = max(len(played), 1)
@@ -27,9 +28,10 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
         "turns": sum(episode.turns for episode in played) / count,
         "sampled_tokens": sum(sum(episode.sampled) for episode in played) / count,
     }
-    names = dict.fromkeys(reward.name for episode in played for reward in episode.rewards)
+    totals = [total for episode in played for total in episode.reward_totals.values()]
+    names = dict.fromkeys(total.name for total in totals)
     for name in names if len(names) > 1 else ():
-        values = [r.value for e in played for r in e.rewards if r.name == name and r.value is not None]
+        values = [total.value for total in totals if total.name == name and total.value is not None]
         metrics[f"rewards/{name}"] = sum(values) / max(len(values), 1)
     for reason in StopReason:
         share = sum(episode.stop is reason for episode in episodes) / max(len(episodes), 1)

@@ -1,22 +1,26 @@
-"""`GRPOConfig` and `RLOOConfig`: the settings of the algorithms that compare a group's episodes.
+"""The settings of the algorithms without a critic: GRPO, RLOO, REINFORCE and the others.
 
-In TRL 1.x's names. Its batch sizes count episodes, and so do these; what is sampled, and how long, the
-environment says.
+In TRL 1.x's names, where it has them. Its batch sizes count episodes, and so do these; what is sampled, and
+how long, the environment says.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from etude.errors import ConfigError
 from etude.trainers.online_config import OnlineConfig, require_at_least_one, setting
+from etude.types import StopPolicy, StopReason
 
 
 @dataclass
 class GroupConfig(OnlineConfig):
-    """What `GRPOConfig` and `RLOOConfig` share."""
+    """What they share."""
+
+    least_generations: ClassVar[int] = 2  # a group of one has nothing to be compared with
 
     # How long.
     num_train_epochs: float = setting(3.0, "times that train() plays each task, each time with a whole group")
@@ -27,6 +31,17 @@ class GroupConfig(OnlineConfig):
     per_device_train_batch_size: int = setting(8, "episodes per forward and backward pass and process")
     steps_per_generation: int | None = setting(
         None, "passes that an iteration's episodes make up; gradient_accumulation_steps by default"
+    )
+
+    dynamic_sampling: bool = setting(
+        False,
+        "play on until the batch is full of groups whose scores differ; the others teach nothing (DAPO)",
+    )
+    max_sampling_rounds: int = setting(
+        4, "rounds of play that dynamic_sampling takes at most, the first one counted"
+    )
+    mask_truncated_completions: bool = setting(
+        False, "episodes that a token limit cut off are compared, and not trained on (overlong filtering)"
     )
 
     # Optimisation.
@@ -42,11 +57,18 @@ class GroupConfig(OnlineConfig):
     def __post_init__(self) -> None:
         require_at_least_one(self, "per_device_train_batch_size", "num_iterations")
         super().__post_init__()
-        if self.num_generations < 2:
+        if self.num_generations < self.least_generations:
             raise ConfigError(
-                f"num_generations is {self.num_generations}; expected at least 2: an episode is compared "
-                "with the others of its group, and a group of one has none"
+                f"num_generations is {self.num_generations}; expected at least {self.least_generations}"
+                + ": an episode is compared with the others of its group, and a group of one has none"
+                * (self.least_generations > 1)
             )
+        if self.dynamic_sampling:
+            require_at_least_one(self, "max_sampling_rounds")
+            if self.num_generations < 2:
+                raise ConfigError(
+                    "dynamic_sampling looks for groups whose scores differ; set num_generations to at least 2"
+                )
         if self.steps_per_generation is not None:
             require_at_least_one(self, "steps_per_generation")
         if self.passes % self.gradient_accumulation_steps:
@@ -71,6 +93,14 @@ class GroupConfig(OnlineConfig):
         for name in ("epsilon", "epsilon_high"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number >= 0")
+
+    @property
+    def policy_table(self) -> Mapping[StopReason, StopPolicy]:
+        table = dict(super().policy_table)
+        if self.mask_truncated_completions:
+            for reason in (StopReason.TURN_TOKENS, StopReason.MAX_TOKENS):
+                table[reason] = replace(table[reason], train=False)
+        return table
 
     @property
     def passes(self) -> int:
@@ -114,8 +144,18 @@ class GRPOConfig(GroupConfig):
         "divide advantages by the standard deviation of the group's scores (group or true), of all (batch), "
         "or don't (none or false)",
     )
+    use_bias_correction_kl: bool = setting(
+        False,
+        "weigh the KL by the policy ratio, which makes its gradient that of the present policy's KL "
+        "(DeepSeek-V3.2)",
+    )
     importance_sampling_level: Literal["token", "sequence"] = setting(
         "token", "a policy ratio per token, or one per episode, the geometric mean of its tokens' (GSPO)"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = setting(
+        "sum_then_normalize",
+        "with several rewards: compare their weighted sums, or compare each by itself, so that none drowns "
+        "the others by its scale, and sum then (GDPO)",
     )
 
     def __post_init__(self) -> None:
@@ -154,3 +194,60 @@ class RLOOConfig(GroupConfig):
     normalize_advantages: bool = setting(
         False, "scale advantages to unit variance over the iteration's episodes"
     )
+
+
+@dataclass
+class ReinforceConfig(GroupConfig):
+    """Settings of `ReinforceTrainer`. The `help` of each field is what the command line shows."""
+
+    least_generations: ClassVar[int] = 1
+
+    num_generations: int = setting(1, "episodes of each task in an iteration")
+    beta: float = setting(0.0, "weight of the KL to the reference in the reward; 0: there is no reference")
+    normalize_advantages: bool = setting(
+        False, "scale advantages to unit variance over the iteration's episodes"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.passes != self.gradient_accumulation_steps or self.num_iterations != 1:
+            raise ConfigError(
+                "REINFORCE's gradient is that of the policy which sampled, so a batch is good for one "
+                "optimizer step; leave steps_per_generation and num_iterations out, or take "
+                "reinforce_plus_plus"
+            )
+
+
+@dataclass
+class ReinforcePlusPlusConfig(GroupConfig):
+    """Settings of `ReinforcePlusPlusTrainer`. The `help` of each field is what the command line shows."""
+
+    least_generations: ClassVar[int] = 1
+
+    num_generations: int = setting(
+        1, "episodes of each task in an iteration; with more than one, their mean is the baseline"
+    )
+    beta: float = setting(
+        0.01,
+        "weight of the KL to the reference: per token in the reward, or, with a baseline, in the loss; "
+        "0: there is no reference",
+    )
+
+
+@dataclass
+class IterativeSFTConfig(GroupConfig):
+    """Settings of `IterativeSFTTrainer`. The `help` of each field is what the command line shows."""
+
+    least_generations: ClassVar[int] = 1
+
+    num_generations: int = setting(8, "episodes of each task in an iteration, of which the best are kept")
+    keep_best: int = setting(1, "episodes of each task to imitate, at most")
+    min_reward: float | None = setting(
+        None, "keep only episodes with at least this score; none: any, where a task's scores differ"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least_one(self, "keep_best")
+        if self.beta:
+            raise ConfigError("beta does nothing in iterative SFT; leave it out")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,100 +22,8 @@ from etude.data.families import into_passes
 from etude.math.kl import KLKind, kl_estimate, kl_full
 from etude.models.forward import PolicyForward, PolicyOutput
 from etude.models.reference import reference_by_disabled_adapters
-
-
-@dataclass(slots=True)
-class Experience:
-    """A batch of trajectories and what was observed of it. Everything per token is [B, N], 0 as padding.
-
-    Attributes:
-        mask: where there is a sampled token.
-        logprobs, values: under the weights before the update; values are 0 without a value head.
-        ref_logprobs, kl: of the reference policy, and the KL estimate per token.
-        last_values: [B], the value after the last token where it bootstraps, else 0.
-        entropies: of the next-token distributions.
-    """
-
-    trajectories: list[Trajectory]
-    mask: Tensor
-    logprobs: Tensor
-    values: Tensor
-    ref_logprobs: Tensor
-    kl: Tensor
-    last_values: Tensor
-    entropies: Tensor
-
-    def rows(self, indices: Sequence[int]) -> Experience:
-        """The trajectories at `indices`, as an experience of their own."""
-        trajectories = [self.trajectories[i] for i in indices]
-        longest = max((len(t.sampled) for t in trajectories), default=0)
-        index = torch.tensor(indices, device=self.mask.device)
-        per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl")
-        cut = {name: getattr(self, name)[index, :longest] for name in per_token}
-        return Experience(
-            trajectories,
-            **cut,
-            last_values=self.last_values[index],
-            entropies=self.entropies[index, :longest],
-        )
-
-    def sampler_gap(self) -> dict[str, float]:
-        """How far the sampler's log-probabilities are from the trainer's, per token; empty where unknown."""
-        gaps = [
-            (self.logprobs[i, : len(sampler)] - sampler.to(self.logprobs.device)).abs()
-            for i, trajectory in enumerate(self.trajectories)
-            if (sampler := trajectory.sampler_logprobs) is not None and len(sampler)
-        ]
-        if not gaps:
-            return {}
-        gap = torch.cat(gaps)
-        return {"sampler/gap_mean": gap.mean().item(), "sampler/gap_max": gap.max().item()}
-
-
-@dataclass(slots=True)
-class Minibatch:
-    """One forward and backward pass: what was observed, and the policy's output now.
-
-    Of a whole mini-batch, or of a part of it where `max_tokens_per_pass` cuts it up.
-
-    Attributes:
-        indices: rows of the experience.
-        observed: those rows, padded to the longest of them.
-        logprobs, entropies, values: [B, N], now; gradients flow through the first and the last.
-        denominator: sampled tokens of the whole optimizer step, over accumulation steps and processes.
-        sequences: the same for trajectories with a sampled token.
-    """
-
-    indices: list[int]
-    observed: Experience
-    logprobs: Tensor
-    entropies: Tensor
-    values: Tensor
-    denominator: Tensor
-    sequences: Tensor
-
-
-# Takes a mini-batch; gives the loss, already divided by the denominator, and numbers to report.
-LossFunction = Callable[[Minibatch], tuple[Tensor, dict[str, Tensor]]]
-
-
-@dataclass
-class UpdateLog:
-    """What an update reports: for each pass its numbers and its share of all tokens."""
-
-    numbers: list[dict[str, Tensor]] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    gradient_norms: list[Tensor] = field(default_factory=list)
-
-    def mean(self, name: str) -> Tensor:
-        """Mean over passes, weighted by tokens; a scalar."""
-        values = torch.stack([numbers[name].detach().float() for numbers in self.numbers])
-        weights = torch.tensor(self.weights, device=values.device)
-        return (values * weights).sum() / weights.sum()
-
-    def concatenated(self, name: str) -> Tensor:
-        """Per-token numbers of all passes, end to end."""
-        return torch.cat([numbers[name].detach().flatten() for numbers in self.numbers])
+from etude.models.update_mode import update_mode
+from etude.trainers.experience import Experience, LossFunction, Minibatch, UpdateLog
 
 
 class Learner:
@@ -134,6 +43,7 @@ class Learner:
         uses_reference: False where nothing is held close to a reference: it isn't computed, and the KL is 0.
         max_tokens_per_pass: cut up mini-batches of more tokens, a longer trajectory by itself; None: don't.
             Processes may then differ in their number of passes: not for parameters sharded over them.
+        entropy_gradient: let gradients flow through entropies, for losses with a bonus for them.
         share_prefixes: compute what the trajectories of a pass begin with once for all of them, and put those
             of an optimizer step that begin alike into the same passes. For models that can be packed.
     """
@@ -153,6 +63,7 @@ class Learner:
         kl_kind: KLKind | str,
         uses_reference: bool = True,
         max_tokens_per_pass: int | None = None,
+        entropy_gradient: bool = False,
         share_prefixes: bool = True,
     ) -> None:
         self.accelerator = accelerator
@@ -167,38 +78,77 @@ class Learner:
         self.kl_kind = kl_kind
         self.uses_reference = uses_reference
         self.max_tokens_per_pass = max_tokens_per_pass
+        self.entropy_gradient = entropy_gradient
         unwrapped: PolicyForward = accelerator.unwrap_model(policy)
         self.share_prefixes = share_prefixes and unwrapped.packs
 
     @torch.no_grad()
-    def observe(self, trajectories: Sequence[Trajectory]) -> Experience:
-        """Score trajectories under the present weights and the reference."""
-        evaluation_mode(self.policy)
-        passes = self._passes(trajectories, range(len(trajectories)))
+    def observe(
+        self,
+        trajectories: Sequence[Trajectory],
+        order: torch.Generator | None = None,
+        *,
+        postpone: bool = False,
+    ) -> Experience:
+        """Score trajectories under the present weights and the reference.
+
+        Args:
+            order: what `update` will shuffle by. The passes are then those of its first epoch: rounding
+                depends on who shares a pass, and in bfloat16 that can move a ratio of 1 by several percent.
+            postpone: leave it to the update, which computes the same. Only right where weights change once
+                all rows have been passed, and nothing before that needs to know. There is no KL then.
+        """
+        if postpone:
+            mask = PackedBatch.of(trajectories, self.accelerator.device).mask
+            dtype = torch.promote_types(torch.float32, next(self.policy.parameters()).dtype)
+            zeros = partial(torch.zeros, dtype=dtype, device=mask.device)
+            logprobs, values, ref_logprobs, kl, entropies = (zeros(mask.shape) for _ in range(5))
+            return Experience(
+                list(trajectories),
+                mask,
+                logprobs,
+                values,
+                ref_logprobs,
+                kl,
+                zeros(len(mask)),
+                entropies,
+                pending=True,
+            )
+        self.policy.eval()
+        rows = None if order is None else self._shuffled(trajectories, order)
+        steps = self._steps(rows or list(range(len(trajectories))))
+        telling = [[i for i in step if len(trajectories[i].sampled)] for step in steps]
+        passes = [rows for step in telling for rows in self._passes(trajectories, step)] or [[0]]
         parts = [self._observe([trajectories[i] for i in indices]) for indices in passes]
+        place = torch.tensor([i for indices in passes for i in indices], device=parts[0].mask.device)
         longest = max(part.mask.shape[1] for part in parts)
-        given = torch.tensor([i for indices in passes for i in indices]).argsort().to(parts[0].mask.device)
+
+        def in_place(pieces: list[Tensor]) -> Tensor:
+            """Each row at its trajectory's index; 0 where no token was sampled, which wasn't computed."""
+            merged = torch.cat(pieces)
+            return merged.new_zeros(len(trajectories), *merged.shape[1:]).index_copy(0, place, merged)
+
         per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl", "entropies")
-        merged = {
-            name: torch.cat([_widened(getattr(part, name), longest) for part in parts])[given]
-            for name in per_token
+        merged: dict[str, Any] = {
+            name: in_place([_widened(getattr(part, name), longest) for part in parts]) for name in per_token
         }
-        last_values = torch.cat([part.last_values for part in parts])[given]
-        return Experience(list(trajectories), **merged, last_values=last_values)
+        last_values = in_place([part.last_values for part in parts])
+        return Experience(list(trajectories), **merged, last_values=last_values, order=rows)
 
     def _observe(self, trajectories: Sequence[Trajectory]) -> Experience:
         batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
-        full = self.kl_kind == "full"
+        full = self.uses_reference and self.kl_kind == "full"
         output = self._forward(self.policy, batch, keep_logits=full)
         expected = output
         if self.uses_reference:
             with self._as_reference() as reference:
-                expected = self._forward(reference, batch, keep_logits=full)
+                expected = self._forward(reference, batch, keep_logits=full, with_values=False)
+        kl = torch.zeros_like(output.logprobs)
         if full:
             assert output.logits is not None
             assert expected.logits is not None
             kl = kl_full(output.logits, expected.logits, self.temperature)
-        else:
+        elif self.uses_reference:
             kl = kl_estimate(output.logprobs, expected.logprobs, self.kl_kind)  # type: ignore[arg-type]
         last_values = torch.zeros(len(trajectories), device=batch.mask.device)
         if output.last_values is not None:
@@ -230,21 +180,20 @@ class Learner:
             enough: asked after each epoch, with that epoch's log; True leaves the batch.
         """
         log = UpdateLog()
-        step_size = self.mini_batch_size * self.accumulation
         if self.global_count(experience.mask.sum()) == 0:
             return log
-        training_mode(self.policy)
+        first = experience.order
         for _ in range(self.epochs):
             epoch = UpdateLog()
-            shuffled = torch.randperm(len(experience.trajectories), generator=order).tolist()
-            for start in range(0, len(shuffled), step_size):
-                self._optimizer_step(experience, shuffled[start : start + step_size], loss, epoch)
+            shuffled, first = first or self._shuffled(experience.trajectories, order), None
+            with update_mode(self.policy):
+                for rows in self._steps(shuffled):
+                    self._optimizer_step(experience, rows, loss, epoch)
             log.numbers += epoch.numbers
             log.weights += epoch.weights
             log.gradient_norms += epoch.gradient_norms
             if enough(epoch):
                 break
-        evaluation_mode(self.policy)
         return log
 
     def _optimizer_step(
@@ -254,7 +203,9 @@ class Learner:
         denominator, sequences = self.global_count(mask.sum()), self.global_count(mask.any(1).sum())
         if denominator == 0:
             return  # nothing was sampled in any of these, on any process
-        passes = self._passes(experience.trajectories, indices)
+        # Rows without a token to learn from have no gradient. A process without others passes one of them.
+        telling = [i for i, tells in zip(indices, mask.any(1).tolist(), strict=True) if tells]
+        passes = self._passes(experience.trajectories, telling or indices[:1])
         for i, rows in enumerate(passes):
             minibatch = self._minibatch(experience, rows, denominator, sequences, i == len(passes) - 1)
             with self._synchronised(i == len(passes) - 1):
@@ -272,6 +223,14 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def _shuffled(self, trajectories: Sequence[Trajectory], order: torch.Generator) -> list[int]:
+        return torch.randperm(len(trajectories), generator=order).tolist()
+
+    def _steps(self, rows: list[int]) -> list[list[int]]:
+        """Rows of each optimizer step of an epoch."""
+        size = self.mini_batch_size * self.accumulation
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
     def _passes(self, trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[list[int]]:
         """The trajectories at `indices` as the forward passes they take; those that begin alike together."""
         sequences = [trajectories[i].token_ids for i in indices]
@@ -286,22 +245,35 @@ class Learner:
         sequences: Tensor,
         is_last: bool,
     ) -> Minibatch:
-        observed = experience.rows(indices)
-        batch = PackedBatch.of(observed.trajectories, self.accelerator.device, self.share_prefixes)
+        trajectories = [experience.trajectories[i] for i in indices]
+        batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
         with self._synchronised(is_last):
-            output = self._forward(self.policy, batch)
+            output = self._forward(self.policy, batch, entropy_gradient=self.entropy_gradient)
         values = torch.zeros_like(output.logprobs) if output.values is None else output.values
+        logprobs, entropies, values = (batch.unpack(x) for x in (output.logprobs, output.entropies, values))
+        if experience.pending:
+            for name, now in (("logprobs", logprobs), ("entropies", entropies), ("values", values)):
+                getattr(experience, name)[indices, : now.shape[1]] = now.detach().to(
+                    experience.logprobs.dtype
+                )
         return Minibatch(
             indices,
-            observed,
-            batch.unpack(output.logprobs),
-            batch.unpack(output.entropies),
-            batch.unpack(values),
+            experience.rows(indices),
+            logprobs,
+            entropies,
+            values,
             denominator,
             sequences,
         )
 
-    def _forward(self, policy: nn.Module, batch: PackedBatch, keep_logits: bool = False) -> PolicyOutput:
+    def _forward(
+        self,
+        policy: nn.Module,
+        batch: PackedBatch,
+        keep_logits: bool = False,
+        entropy_gradient: bool = False,
+        with_values: bool = True,
+    ) -> PolicyOutput:
         with self.accelerator.autocast():
             return policy(
                 batch.input_ids,
@@ -311,7 +283,9 @@ class Learner:
                 batch.last_states,
                 self.temperature,
                 keep_logits,
+                entropy_gradient,
                 batch.prefixes,
+                with_values,
             )
 
     @contextmanager
@@ -329,22 +303,6 @@ class Learner:
     def global_count(self, count: Tensor) -> Tensor:
         """Sum over processes, as float32."""
         return self.accelerator.reduce(count.to(self.accelerator.device, torch.float32), "sum")
-
-
-def evaluation_mode(policy: nn.Module) -> None:
-    if policy.training:
-        policy.eval()
-
-
-def training_mode(policy: nn.Module) -> None:
-    """Training mode, which activation checkpointing looks at, with dropout off.
-
-    Dropout would make the first ratio of a batch differ from 1: the update would answer noise.
-    """
-    policy.train()
-    for module in policy.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
 
 
 def _widened(rows_BN: Tensor, width: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -29,13 +31,14 @@ from etude.data.files import load_rows
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError
+from etude.models.value_model import ValueModel
 from etude.reporting.report import write_report
 from etude.reporting.terminal import TrainingDisplay
 from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
 from etude.sampling.draw import mix
 from etude.sampling.local import LocalSampler
-from etude.trainers.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
 from etude.trainers.episode_metrics import episode_metrics
 from etude.trainers.interrupt import interrupt_after
 from etude.trainers.online_config import OnlineConfig
@@ -72,6 +75,7 @@ class OnlineTrainer(ABC):
     config: OnlineConfig
     accelerator: Accelerator
     model: Policy
+    value_model: ValueModel | None = None
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
@@ -92,6 +96,10 @@ class OnlineTrainer(ABC):
     @abstractmethod
     def total_iterations(self) -> int:
         """How often `train` plays and learns, iterations before a resumption counted."""
+
+    @abstractmethod
+    def describe_batches(self) -> str:
+        """One line: what an iteration plays, and how it is gone through."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -121,6 +129,7 @@ class OnlineTrainer(ABC):
             title=Path(run.path).name,
             enabled=self.accelerator.is_main_process and not self.config.disable_progress,
         )
+        display.message(self.describe_batches())
         display.message(self.sampler.describe())
         if self.accelerator.is_main_process:
             run.update_summary({"sampler": self.sampler.describe().removeprefix("sampler: ")})
@@ -147,16 +156,12 @@ class OnlineTrainer(ABC):
         """Play a batch of tasks and learn from it."""
         config, started = self.config, time.monotonic()
         step = self.current_step
-        first = self.accelerator.process_index * config.batch_size
-        indices = range(first, first + config.batch_size)
-        tasks = [self._task(step, i) for i in indices]
-        seeds = [mix(config.seed, _EPISODES, step, i) for i in indices]
-        episodes = self.play(tasks, seeds)
+        episodes, batch = self.collect(step)
         played = time.monotonic()
         # Validation and checkpoint belong to the iteration: a run resumed after Ctrl-C has them too.
         with interrupt_after():
             self._updating = True
-            stats = self.learn([Trajectory.of_episode(episode) for episode in episodes])
+            stats = self.learn([self.trajectory(episode) for episode in batch])
             self.sampler.weights_changed()  # an 8-bit optimizer's writes aren't noticed
             self.current_step = step + 1
             self._updating = False
@@ -176,6 +181,19 @@ class OnlineTrainer(ABC):
                 self._validate(run, display)
             if config.save_steps and self.current_step % config.save_steps == 0:
                 self._save_checkpoint(run)
+
+    def collect(self, step: int) -> tuple[list[Episode], list[Episode]]:
+        """Play an iteration's tasks: all episodes that were played, and those to learn from."""
+        first = self.accelerator.process_index * self.config.batch_size
+        indices = range(first, first + self.config.batch_size)
+        tasks = [self._task(step, i) for i in indices]
+        seeds = [mix(self.config.seed, _EPISODES, step, i) for i in indices]
+        episodes = self.play(tasks, seeds)
+        return episodes, episodes
+
+    def trajectory(self, episode: Episode) -> Trajectory:
+        """An episode as it is learned from, by what its reason to stop means."""
+        return Trajectory.of_episode(episode, self.config.policy_table)
 
     def play(self, tasks: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
         """Play one episode per task with the present weights."""
@@ -228,7 +246,7 @@ class OnlineTrainer(ABC):
         """The best weights, their measure, the model, the report."""
         best = run.best_checkpoint()
         if self.config.load_best_model_at_end and best is not None:
-            load_weights(self.model, best)
+            load_models(self, best)
         self._measure("after", self.test_rows, run)
         seconds = time.monotonic() - started
         report = None
@@ -322,14 +340,17 @@ class OnlineTrainer(ABC):
         return write_report(run.path) if self.accelerator.is_main_process else None
 
     def _average(self, metrics: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
-        """Weighted mean over processes; all of them have the same names."""
+        """Weighted mean over the processes that have a metric: one that sampled nothing lacks some."""
         if self.accelerator.num_processes == 1:
             return dict(metrics)
-        values = torch.tensor([*metrics.values(), 1.0], dtype=torch.float64) * weight
-        if self.accelerator.device.type == "mps":
-            values = values.float()
-        *sums, total = self.accelerator.reduce(values.to(self.accelerator.device), "sum").tolist()
-        return {name: value / total for name, value in zip(metrics, sums, strict=True)}
+        everyone = gather_object([(dict(metrics), weight)])
+        totals: dict[str, float] = defaultdict(float)
+        weights: dict[str, float] = defaultdict(float)
+        for theirs, share in everyone:
+            for name, value in theirs.items():
+                totals[name] += value * share
+                weights[name] += share
+        return {name: total / weights[name] for name, total in totals.items()}
 
     # Tasks.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from etude.errors import ConfigError
 from etude.sampling.memory import parse_size
+from etude.types import STOP_POLICIES, StopPolicy, StopReason
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -75,6 +77,22 @@ class OnlineConfig(ABC):
     max_grad_norm: float | None = setting(None, "clip gradients to this norm; none: don't")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
 
+    # What is learned from, and how.
+    stop_policies: dict[str, dict[str, Any]] = setting(
+        {},
+        "what a reason to stop means for training, where it isn't what the library says: "
+        "{reason: {bootstrap: bool, reward: keep, clamp or drop, train: bool}}",
+    )
+    entropy_coef: float = setting(0.0, "weight of the policy's entropy in the objective: a bonus for variety")
+    importance_sampling_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = setting(
+        "none",
+        "weigh tokens by their probability for the trainer over that for the sampler, by token or episode; "
+        "weights above the cap are cut (truncate) or their tokens left out (mask)",
+    )
+    importance_sampling_cap: float = setting(2.0, "largest of these weights")
+
     # Trackers and accelerate.
     tracker_project_name: str = setting("etude", "project name in trackers")
     tracker_kwargs: dict[str, Any] = setting({}, "keyword arguments of the trackers")
@@ -96,6 +114,11 @@ class OnlineConfig(ABC):
                 )
         if self.cache_bytes is not None:
             parse_size(self.cache_bytes)
+        self.policy_table  # noqa: B018 (its mistakes show at once)
+        if not self.importance_sampling_cap >= 1:
+            raise ConfigError(
+                f"importance_sampling_cap is {self.importance_sampling_cap}; expected a number >= 1"
+            )
         if isinstance(self.report_to, str):
             self.report_to = [] if self.report_to == "none" else [self.report_to]
 
@@ -113,6 +136,20 @@ class OnlineConfig(ABC):
     def backward_batch_size(self) -> int:
         """Episodes per optimizer step and process."""
         return self.mini_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def policy_table(self) -> Mapping[StopReason, StopPolicy]:
+        """What each reason to stop means for training: the library's table, with `stop_policies` in it."""
+        table = dict(STOP_POLICIES)
+        for name, changes in self.stop_policies.items():
+            if name not in set(StopReason):
+                raise ConfigError(f"stop_policies names {name!r}; expected one of {', '.join(StopReason)}")
+            reason = StopReason(name)
+            try:
+                table[reason] = dataclasses.replace(table[reason], **changes)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"stop_policies[{name!r}] is {changes!r}: {error}") from None
+        return table
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, without what the trainer filled in."""

@@ -6,6 +6,7 @@ directory it is saved in, the hub. An algorithm is a subclass with its `learn`.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,20 +23,27 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, ModelError
 from etude.math.kl import KLKind
+from etude.math.losses import aggregate
+from etude.math.masked import masked_mean
+from etude.math.off_policy import importance_weights
 from etude.models.forward import PolicyForward
 from etude.models.loading import trunk_of, unwrapped
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
+from etude.models.value_model import ValueModel
 from etude.runtime.model_card import write_model_card
 from etude.sampling.draw import mix
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
+from etude.trainers.checkpoints import save_models
+from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.learner import Learner
 from etude.trainers.online import OnlineTrainer
 from etude.trainers.online_config import OnlineConfig
 from etude.trainers.setup import (
     Policy,
     changed_settings,
+    check_precision,
     enable_gradient_checkpointing,
     flat_settings,
     make_accelerator,
@@ -51,6 +59,7 @@ class PolicyTrainer(OnlineTrainer):
         config: the settings.
         model: what is trained.
         tokenizer: of the model; the environment's by default.
+        value_model: what gives the values, trained with the model; by default its value head, if it has one.
         ref_model: what the KL is measured to. By default a frozen copy of `model`; for a model with
             adapters, the same model with them switched off.
         num_shared_layers: layers that the default reference shares with the model, frozen in both.
@@ -70,6 +79,7 @@ class PolicyTrainer(OnlineTrainer):
         model: Policy,
         *,
         tokenizer: PreTrainedTokenizerBase | None,
+        value_model: ValueModel | None = None,
         ref_model: nn.Module | None = None,
         num_shared_layers: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
@@ -90,6 +100,7 @@ class PolicyTrainer(OnlineTrainer):
             )
         self.config = config
         self.model = model
+        self.value_model = value_model
         self.tokenizer = tokenizer
         self.environment = environment
         self.train_dataset, self.eval_dataset, self.test_dataset = train_dataset, eval_dataset, test_dataset
@@ -103,12 +114,17 @@ class PolicyTrainer(OnlineTrainer):
         self.ref_model = self._reference(ref_model, num_shared_layers) if uses_reference else None
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
+            if value_model is not None:
+                enable_gradient_checkpointing(value_model.model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not trainable:
             raise ModelError("no parameter of the model requires a gradient; load it with is_trainable=True")
+        check_precision(trainable, optimizer)
         optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate)
         self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
-        policy, self.optimizer = self.accelerator.prepare(PolicyForward(model), optimizer)
+        policy, self.optimizer = self.accelerator.prepare(
+            PolicyForward(model, value_model=value_model), optimizer
+        )
         reference = None
         if self.ref_model is not None:
             reference = self.accelerator.prepare_model(PolicyForward(self.ref_model), evaluation_mode=True)
@@ -125,6 +141,7 @@ class PolicyTrainer(OnlineTrainer):
             kl_kind=kl_kind,
             uses_reference=uses_reference,
             max_tokens_per_pass=config.max_tokens_per_pass,
+            entropy_gradient=config.entropy_coef != 0,
         )
         if config.report_to:
             self.accelerator.init_trackers(
@@ -138,6 +155,59 @@ class PolicyTrainer(OnlineTrainer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+    # What algorithms have in common.
+
+    def describe_batches(self) -> str:
+        """One line: what an iteration plays, and how it is gone through."""
+        config, processes = self.config, self.accelerator.num_processes
+        episodes, step_size = config.batch_size * processes, config.backward_batch_size * processes
+        steps = math.ceil(config.batch_size / config.backward_batch_size) * self.learner.epochs
+        played = f"{episodes // self.plays} tasks × {self.plays} = " if self.plays > 1 else ""
+        factors = [f"{config.mini_batch_size} per pass"]
+        if config.gradient_accumulation_steps > 1:
+            factors.append(f"{config.gradient_accumulation_steps} passes")
+        if processes > 1:
+            factors.append(f"{processes} processes")
+        epochs = f", {self.learner.epochs} times over" if self.learner.epochs > 1 else ""
+        iterations = self.total_iterations
+        times = f"{iterations} iteration{'s' * (iterations != 1)}"
+        return (
+            f"batches: {played}{episodes} episodes an iteration, in steps of {step_size} "
+            f"({' × '.join(factors)}){epochs}: {steps} optimizer steps; "
+            f"× {times} = {steps * iterations} steps, {episodes * iterations} episodes"
+        )
+
+    def corrected(self, advantages_BN: Tensor, experience: Experience) -> tuple[Tensor, dict[str, float]]:
+        """Advantages times the importance weights of tokens that another policy sampled, and statistics.
+
+        The sampler's computation differs a little from the trainer's. What it means that a weight is on the
+        advantage: it scales the policy's loss, whatever the algorithm's, and neither value nor KL terms.
+        """
+        stats = {} if experience.pending else experience.sampler_gap()
+        mode = self.config.importance_sampling_correction
+        if mode == "none" or not experience.mask.any():
+            return advantages_BN, stats
+        weights_BN = importance_weights(
+            experience.logprobs,
+            experience.sampler_logprobs(),
+            experience.mask,
+            mode=mode,
+            cap=self.config.importance_sampling_cap,
+        )
+        stats["sampler/weight_mean"] = masked_mean(weights_BN, experience.mask).item()
+        stats["sampler/weight_min"] = weights_BN[experience.mask].min().item()
+        stats["sampler/weight_max"] = weights_BN[experience.mask].max().item()
+        return advantages_BN * weights_BN, stats
+
+    def entropy_bonus(self, minibatch: Minibatch) -> Tensor | float:
+        """This mini-batch's part of `entropy_coef` × mean entropy per sampled token, to be maximised."""
+        if not self.config.entropy_coef:
+            return 0.0
+        entropy = aggregate(
+            minibatch.entropies, minibatch.observed.mask, mode="token", denominator=minibatch.denominator
+        )
+        return self.config.entropy_coef * entropy
 
     def _shuffles(self) -> torch.Generator:
         """What orders this iteration's episodes into mini-batches."""
@@ -218,6 +288,10 @@ class PolicyTrainer(OnlineTrainer):
     def _reference_sampler(self) -> Iterator[LocalSampler]:
         if self.ref_model is not None:
             yield self._sampler_of_reference
+        elif not self.is_peft_model:
+            raise ConfigError(
+                "there is no reference to generate with, since no KL is measured; pass ref_model="
+            )
         else:
             with reference_by_disabled_adapters(self.model):
                 yield self._sampler_over(self.model)
@@ -250,7 +324,7 @@ class PolicyTrainer(OnlineTrainer):
             api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message)
 
     def _write_model(self, directory: str | Path, name: str) -> None:
-        self.model.save_pretrained(str(directory))  # peft takes no Path
+        save_models(self, Path(directory))
         self.tokenizer.save_pretrained(directory)
         write_model_card(
             directory,

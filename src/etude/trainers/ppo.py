@@ -34,22 +34,28 @@ from etude.runtime.run import RunDirectory
 from etude.trainers.clock import Clock
 from etude.trainers.columns import used_columns
 from etude.trainers.credit import Credit, gae_credit
-from etude.trainers.learner import Minibatch, UpdateLog
+from etude.trainers.critic import check_vocabulary, critic_of, optimizer_of, without_own_head
+from etude.trainers.experience import Minibatch, UpdateLog
 from etude.trainers.policy import PolicyTrainer
 from etude.trainers.ppo_config import PPOConfig
-from etude.trainers.ppo_stats import minibatch_stats, step_stats
+from etude.trainers.ppo_stats import minibatch_stats, step_stats, without_reference
 from etude.trainers.setup import empty_device_cache, with_value_head
-from etude.trainers.step_checks import check_step, finite_score
+from etude.trainers.step_checks import check_batch, check_step, finite_score
 
 
 class PPOTrainer(PolicyTrainer):
-    """PPO with a value head on the policy's trunk.
+    """PPO with a value head on the policy's trunk, or with a value model of its own.
+
+    With a fixed KL coefficient of 0 (`init_kl_coef=0, adap_kl_ctrl=False`) and no `ref_model` there is no
+    reference: nothing is copied or computed for it, and what it would be measured to is NaN in the
+    statistics.
 
     The arguments up to `lr_scheduler` are TRL 0.7.4's.
 
     Args:
         config: the settings.
-        model: with a value head; a plain causal model is given one.
+        model: with a value head; a plain causal model is given one. Beside a `value_model` it has none: one
+            that it came with is left out.
         ref_model: what the KL is measured to. By default a frozen copy of `model`; for a model with
             adapters, the same model with them switched off.
         tokenizer: of the model; the environment's by default.
@@ -58,6 +64,10 @@ class PPOTrainer(PolicyTrainer):
         data_collator: of `dataloader`.
         num_shared_layers: layers that the default reference shares with the model, frozen in both.
         lr_scheduler: stepped once per `step`; by default made from the config.
+        value_model: what gives the values, instead of a head on the policy's trunk. A language model (which
+            gets a fresh head), a value-head model, a reward model (a sequence classifier with one label,
+            whose score becomes the value), a `ValueModel`, or the directory or hub id of one. It is trained
+            beside the policy, and saved in `value_model` in the policy's directory.
         environment: what `train()` plays in.
         train_dataset: tasks that `train()` learns from: rows, a `datasets` object, a file, a hub id.
         eval_dataset: validation tasks, by which the best checkpoint is chosen.
@@ -66,7 +76,6 @@ class PPOTrainer(PolicyTrainer):
 
     method = "ppo"
     config: PPOConfig
-    model: AutoModelForCausalLMWithValueHead
 
     def __init__(
         self,
@@ -80,6 +89,7 @@ class PPOTrainer(PolicyTrainer):
         num_shared_layers: int | None = None,
         lr_scheduler: Any = None,
         *,
+        value_model: Any = None,
         environment: TextEnvironment | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -87,13 +97,22 @@ class PPOTrainer(PolicyTrainer):
     ) -> None:
         if not isinstance(config, PPOConfig):
             raise ConfigError(f"config is a {type(config).__name__}; expected a PPOConfig")
+        policy = with_value_head(model) if value_model is None else without_own_head(model)
+        critic = None if value_model is None else critic_of(value_model, policy)
+        uses_reference = ref_model is not None or config.adap_kl_ctrl or config.init_kl_coef != 0
+        if num_shared_layers is not None and not uses_reference:
+            raise ConfigError(
+                "num_shared_layers is of the reference, and with init_kl_coef=0 and without adap_kl_ctrl "
+                "there is none; leave it out"
+            )
         super().__init__(
             config,
-            with_value_head(model),
+            policy,
             tokenizer=tokenizer,
+            value_model=critic,
             ref_model=ref_model,
             num_shared_layers=num_shared_layers,
-            optimizer=optimizer,
+            optimizer=optimizer_of(config, policy, critic, optimizer),
             lr_scheduler=lr_scheduler,
             environment=environment,
             train_dataset=train_dataset,
@@ -101,7 +120,10 @@ class PPOTrainer(PolicyTrainer):
             test_dataset=test_dataset,
             epochs=config.ppo_epochs,
             kl_kind={"kl": "k1", "mse": "k2"}.get(config.kl_penalty, config.kl_penalty),
+            uses_reference=uses_reference,
         )
+        if critic is not None:
+            check_vocabulary(critic, self.tokenizer)
         self.is_encoder_decoder = False
         self._fill_in_config()
         self.kl_ctl: KLController = (
@@ -122,34 +144,44 @@ class PPOTrainer(PolicyTrainer):
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """Observe the batch, give each token its credit, and go through it `ppo_epochs` times."""
-        config, clock = self.config, Clock()
-        scores_B = self._scaled([trajectory.score for trajectory in trajectories])
+        check_batch(trajectories)
+        config, clock, order = self.config, Clock(), self._shuffles()
+        scores_B, score_scale = self._scaled([trajectory.score for trajectory in trajectories])
         clock.lap("compute_rewards")
-        experience = self.learner.observe(trajectories)
+        experience = self.learner.observe(trajectories, order)
         clock.lap("forward_pass")
         kl_coef = self.kl_ctl.value
         credit = gae_credit(
             experience,
             scores_B,
+            score_scale=score_scale,
             kl_coef=kl_coef,
             gamma=config.gamma,
             lam=config.lam,
             whiten_rewards=config.whiten_rewards,
             accelerator=self.accelerator,
         )
+        credit.advantages, gap = self.corrected(credit.advantages, experience)
         clock.lap("compute_advantages")
         log = self.learner.update(
-            experience, lambda minibatch: self.loss(minibatch, credit), self._shuffles(), self._moved_too_far
+            experience, lambda minibatch: self.loss(minibatch, credit), order, self._moved_too_far
         )
         clock.lap("optimize_step")
-        if not log.numbers:
+        if self.learner.global_count(experience.mask.sum()) == 0:
             warnings.warn("nothing was sampled in this batch, so there was nothing to learn", stacklevel=2)
             return {"ppo/mean_scores": scores_B.mean().item()}
-        stats = step_stats(experience, credit, scores_B, log, kl_coef)
-        stats |= {"kl": stats["objective/kl"], "loss": stats["ppo/loss/total"]}
+        # Where only other processes sampled something, this one still takes part in what all of them do.
+        stats: dict[str, Any] = {"ppo/mean_scores": scores_B.mean().item(), "objective/kl": 0.0}
+        if experience.mask.any():
+            stats = step_stats(experience, credit, scores_B, log, kl_coef) | gap
+            stats["loss"] = stats["ppo/loss/total"]
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        kl = self.accelerator.reduce(torch.tensor(stats["objective/kl"], device=self.current_device), "mean")
-        self.kl_ctl.update(float(kl), config.batch_size * self.accelerator.num_processes)
+        if self.learner.uses_reference:
+            stats["kl"] = stats["objective/kl"]
+            kl = self.accelerator.reduce(torch.tensor(stats["kl"], device=self.current_device), "mean")
+            self.kl_ctl.update(float(kl), config.batch_size * self.accelerator.num_processes)
+        else:
+            stats |= without_reference(stats)
         self.lr_scheduler.step()
         clock.lap("calc_stats")
         return {**stats, **clock.laps()}
@@ -168,7 +200,7 @@ class PPOTrainer(PolicyTrainer):
         )
         policy_loss = aggregate(policy, mask, mode="token", denominator=minibatch.denominator)
         value_loss = aggregate(value, mask, mode="token", denominator=minibatch.denominator)
-        loss = policy_loss + config.vf_coef * value_loss
+        loss = policy_loss + config.vf_coef * value_loss - self.entropy_bonus(minibatch)
         if not mask.any():
             return loss, {}
         mean_ratio = ratio[mask].mean()
@@ -185,7 +217,7 @@ class PPOTrainer(PolicyTrainer):
             policy_loss=policy_loss.detach() * share,
             value_loss=value_loss.detach() * share,
             total_loss=loss.detach() * share,
-            entropies=minibatch.entropies,
+            entropies=minibatch.entropies.detach(),
             logprobs=minibatch.logprobs.detach(),
             old_logprobs=observed.logprobs,
             ratio=ratio,
@@ -200,14 +232,17 @@ class PPOTrainer(PolicyTrainer):
         return loss, numbers
 
     def _moved_too_far(self, epoch: UpdateLog) -> bool:
-        if not self.config.early_stopping or not epoch.numbers:
+        """By the mean over all processes' tokens; one without any still takes part."""
+        if not self.config.early_stopping:
             return False
-        moved = self.accelerator.reduce(epoch.mean("policy/policykl"), "mean")
-        return bool(moved > 1.5 * self.config.target_kl)
+        tokens = sum(epoch.weights)
+        total = float(epoch.mean("policy/policykl")) * tokens if tokens else 0.0
+        sums = self.accelerator.reduce(torch.tensor([total, tokens], device=self.current_device), "sum")
+        return bool(sums[0] > 1.5 * self.config.target_kl * sums[1])
 
-    def _scaled(self, scores: list[float]) -> Tensor:
-        """Scores [B] after scaling, normalisation and clipping."""
-        config = self.config
+    def _scaled(self, scores: list[float]) -> tuple[Tensor, float]:
+        """Scores [B] after scaling, normalisation and clipping; and what they were divided by."""
+        config, scale = self.config, 1.0
         scores_B = torch.tensor(scores, dtype=torch.float32, device=self.current_device)
         if config.use_score_scaling:
             self.running.update(self.accelerator.gather(scores_B))
@@ -215,7 +250,7 @@ class PPOTrainer(PolicyTrainer):
             scores_B = (scores_B - self.running.mean if config.use_score_norm else scores_B) / scale
         if config.score_clip is not None:
             scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
-        return scores_B
+        return scores_B, scale
 
     # TRL 0.7.4's surface.
 

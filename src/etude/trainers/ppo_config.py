@@ -21,6 +21,9 @@ class PPOConfig(OnlineConfig):
 
     # Optimisation.
     mini_batch_size: int = setting(1, "episodes per forward and backward pass")
+    value_learning_rate: float | None = setting(
+        None, "learning rate of a value model of its own; none: learning_rate"
+    )
     ppo_epochs: int = setting(4, "times each batch is gone through")
 
     # The objective.
@@ -31,7 +34,10 @@ class PPOConfig(OnlineConfig):
     vf_coef: float = setting(0.1, "weight of the value loss")
     whiten_rewards: bool = setting(False, "whiten per-token rewards before advantages are computed")
     adap_kl_ctrl: bool = setting(True, "adapt the KL coefficient to reach `target`; else it is fixed")
-    init_kl_coef: float = setting(0.2, "initial KL coefficient")
+    init_kl_coef: float = setting(
+        0.2,
+        "initial KL coefficient; 0 without adap_kl_ctrl: there is no reference model, and no KL is measured",
+    )
     kl_penalty: Literal["kl", "abs", "mse", "full"] = setting(
         "kl", "KL per token: 'kl' (k1), 'abs', 'mse' (k2) or 'full' (over the whole vocabulary)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from etude.math.masked import masked_mean, masked_var
 from etude.trainers.credit import Credit
-from etude.trainers.learner import Experience, UpdateLog
+from etude.trainers.experience import Experience, UpdateLog
 
 # Means over mini-batches of what the loss reports.
 _MEANS = (
@@ -71,8 +72,13 @@ def step_stats(
             "min_length and forced tokens are off",
             stacklevel=3,
         )
-    stats.update(experience.sampler_gap())
     return stats
+
+
+def without_reference(stats: dict[str, Any]) -> dict[str, Any]:
+    """NaN for what is measured to a reference: 0 would say that the policy hadn't moved from one."""
+    unknown = ("objective/kl", "objective/kl_dist", "objective/kl_penalty", "objective/ref_logprobs")
+    return {name: stats[name] * math.nan for name in unknown if name in stats}
 
 
 def minibatch_stats(

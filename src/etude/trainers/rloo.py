@@ -11,15 +11,14 @@ REINFORCE.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from etude.math.group import leave_one_out_advantages
 from etude.math.losses import aggregate, sequence_policy_loss
-from etude.math.masked import masked_var
-from etude.trainers.group import GroupTrainer
+from etude.trainers.credit import deviation
+from etude.trainers.experience import Experience, Minibatch
+from etude.trainers.group import GroupTrainer, Scores
 from etude.trainers.group_config import RLOOConfig
-from etude.trainers.learner import Experience, Minibatch
 
 
 class RLOOTrainer(GroupTrainer):
@@ -34,12 +33,15 @@ class RLOOTrainer(GroupTrainer):
         """R(x, y) = score − β log(π(y|x) / π_ref(y|x)) (Ahmadian et al. 2024, eq. 3)."""
         return scores_B - self.config.beta * (experience.kl * experience.mask).sum(1)
 
-    def credit(self, scores_B: Tensor, groups_B: Tensor, kept_B: Tensor) -> Tensor:
-        advantages_B = leave_one_out_advantages(scores_B, groups_B, kept_B)
-        if self.config.normalize_advantages and advantages_B.any():
-            # Their mean is 0 already, and what is exactly 0 has to stay so.
-            advantages_B = advantages_B * torch.rsqrt(masked_var(advantages_B, kept_B) + 1e-8)
-        return advantages_B
+    def credit(self, scores: Scores) -> Tensor:
+        """Scores less the mean of the group's others."""
+        return leave_one_out_advantages(scores.scores, scores.groups, scores.kept)
+
+    def spread(self, advantages_B: Tensor, experience: Experience) -> Tensor:
+        advantages_BN = super().spread(advantages_B, experience)
+        if self.config.normalize_advantages:
+            advantages_BN = advantages_BN / deviation(advantages_B, experience, self.accelerator)
+        return advantages_BN
 
     def loss(self, minibatch: Minibatch, advantages_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean over episodes of the clipped loss, with one ratio each."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
-from etude.errors import ModelError
+from etude.errors import ConfigError, ModelError
 from etude.models.loading import load_causal_lm
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.trainers.online_config import OnlineConfig
@@ -24,7 +26,7 @@ Policy = AutoModelForCausalLMWithValueHead | PreTrainedModel | PeftModel
 def make_accelerator(config: OnlineConfig) -> Accelerator:
     # Left to itself, accelerate takes several processes without a GPU for so many runs of their own.
     several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=several_on_cpu,
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(
@@ -32,6 +34,32 @@ def make_accelerator(config: OnlineConfig) -> Accelerator:
         ),
         **config.accelerator_kwargs,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("mixed_precision fp16 does nothing without a GPU; set it to bf16 or no")
+    return accelerator
+
+
+def check_precision(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+    """Whether Adam's small steps arrive: adapters and value heads are in float32, other weights as loaded.
+
+    Raises:
+        ModelError: weights to train are float16: their gradients underflow, and Adam divides by 0.
+    """
+    kinds = {parameter.dtype for parameter in trained}
+    advice = (
+        "load the model in float32 (dtype='float32'), and compute in half precision by "
+        "accelerator_kwargs={'mixed_precision': 'bf16'}; or train an adapter, which is float32"
+    )
+    if torch.float16 in kinds:
+        raise ModelError(
+            f"weights to train are float16: gradients underflow, and Adam turns them into NaN; {advice}"
+        )
+    if torch.bfloat16 in kinds and optimizer is None:
+        warnings.warn(
+            "weights to train are bfloat16, in which a step of less than 1/256 of a weight is lost: at a "
+            f"small learning rate most never change; {advice}",
+            stacklevel=4,
+        )
 
 
 def with_value_head(model: Any) -> AutoModelForCausalLMWithValueHead:

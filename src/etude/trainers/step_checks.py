@@ -1,12 +1,14 @@
-"""What a caller hands to `PPOTrainer.step`, checked before anything changes."""
+"""What a caller hands to `step` and to `learn`, checked before anything changes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from etude.data.batch import Trajectory
 from etude.errors import DataError, RewardError
 
 
@@ -36,6 +38,25 @@ def check_step(
                         f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                     )
                     raise DataError(f"{name}[{i}] is {found}; expected a tensor of token ids [n]")
+
+
+def check_batch(trajectories: Sequence[Trajectory], plays: int = 1) -> None:
+    """What `learn` gets: whole groups of `plays`, with scores to learn from.
+
+    Raises:
+        DataError: there are none, or part of a group is missing.
+        RewardError: a score is NaN or infinite.
+    """
+    if not trajectories:
+        raise DataError("learn got no trajectories; expected at least one")
+    if len(trajectories) % plays:
+        raise DataError(
+            f"learn got {len(trajectories)} trajectories; expected a multiple of num_generations ({plays}), "
+            "group by group"
+        )
+    for i, trajectory in enumerate(trajectories):
+        if not math.isfinite(trajectory.score):
+            raise RewardError(f"the score of trajectory {i} is {trajectory.score}; expected a finite number")
 
 
 def finite_score(score: Tensor | float, index: int) -> float:
