@@ -37,7 +37,7 @@ rank = trainer.accelerator.process_index
 mine = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
 stats = trainer.step(*map(list, zip(*rows[mine])), masks[mine])
 mean = trainer._average({name: value for name, value in stats.items() if isinstance(value, float)})
-print(f"= loss {mean['loss']:.5f}, coefficient {trainer.kl_ctl.value:.7f}")
+print(f"<loss {mean['loss']:.5f}, coefficient {trainer.kl_ctl.value:.7f}>")
 if rank == 0:
     trainer.model.save_pretrained(f"{directory}/after-{processes}")
 trainer.accelerator.wait_for_everyone()
@@ -94,7 +94,8 @@ mask = lambda i: torch.full((4 + i,), int(i < 4 or not silent))  # the second pr
 rows = [Trajectory.of_response(ids(3 + i % 2), ids(4 + i), float(i % 3), mask(i)) for i in range(8)]
 rank = trainer.accelerator.process_index
 stats = trainer.learn(rows[rank * 8 // processes:(rank + 1) * 8 // processes])
-print(f"= loss {trainer._average(stats)['loss']:.5f}")
+mean = trainer._average(stats)
+print(f"<entropy {mean['entropy']:.5f}, gradient {mean['grad_norm']:.5f}>")
 if rank == 0:
     trainer.model.save_pretrained(f"{directory}/after-{processes}")
 trainer.accelerator.wait_for_everyone()
@@ -199,7 +200,7 @@ def test_two_processes_end_in_the_weights_of_one(model_directory, script, batch)
             processes, str(model_directory / "step.py"), str(model_directory), str(processes), batch
         )
         assert done.returncode == 0, done.stderr[:3000]
-        said += [line for line in done.stdout.splitlines() if line.startswith("=")]
+        said += re.findall("<.*?>", done.stdout)
     assert len(said) == 3
     if batch == "silent":
         assert len(set(said)) == 1, "processes agree on what was learned from one's rows"
