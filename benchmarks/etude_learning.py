@@ -16,6 +16,7 @@ import torch
 from examples.calculator import etude, exact_answer, write_data, write_model, write_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Adam
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import learning_reviews as reviews
@@ -37,6 +38,7 @@ from etude.types import Episode
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EVALUATION_SEED = 4242
+GROUP_TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 # Starting points.
 
@@ -97,7 +99,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(start / "model")
     model = AutoModelForCausalLM.from_pretrained(start / "model")
     watch = Watch(model, request)
-    run = {
+    run: dict[str, Any] = {
         "environment": make_environment(request["task"], start, tokenizer),
         "train_dataset": str(start / "data/train.jsonl"),
     }
@@ -110,16 +112,18 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         **request["settings"],
     }
     trainer: PolicyTrainer
-    match request["algorithm"]:
-        case "ppo":
-            policy = AutoModelForCausalLMWithValueHead(model)
-            trainer = watched(PPOTrainer, watch)(PPOConfig(**settings), policy, **run)
-        case "grpo":
-            trainer = watched(GRPOTrainer, watch)(model, GRPOConfig(**settings), **run)
-        case "rloo":
-            trainer = watched(RLOOTrainer, watch)(model, RLOOConfig(**settings), **run)
-        case other:
-            raise ValueError(f"no algorithm {other!r}")
+    if request["algorithm"] == "ppo":
+        policy = AutoModelForCausalLMWithValueHead(model)
+        optimizer = Adam(policy.parameters(), lr=settings["learning_rate"])
+        run |= {"optimizer": optimizer, "lr_scheduler": watch.schedule(optimizer)}
+        trainer = watched(PPOTrainer, watch)(PPOConfig(**settings), policy, **run)
+    else:
+        optimizer = Adam(model.parameters(), lr=settings["learning_rate"])
+        run["optimizers"] = (optimizer, watch.schedule(optimizer))
+        kind, config = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[
+            request["algorithm"]
+        ]
+        trainer = watched(kind, watch)(model, config(**settings), **run)
     assert trainer.train_rows  # loaded now, as the peers' are
     watch.start()
     try:

@@ -8,6 +8,7 @@ Both sides of a pair go on from one supervised start per seed, on the same tasks
 train for the same time, one thread and one core each, at the same time as each other; from seed to seed they
 swap cores. What they had learnt at each of seven times is then measured by one evaluation: held-out tasks,
 sampled at temperature 1. The clock starts with training: loading isn't counted, a run directory (ours) is.
+The learning rate falls linearly with the clock to zero, for both sides alike.
 
 A seed has collapsed where it ends with less reward than it started with.
 """
@@ -61,14 +62,14 @@ PAIRS = {
         peer="trl074",
         algorithm="ppo",
         settings={
-            "learning_rate": 1e-4,
+            "learning_rate": 2e-4,
             "batch_size": 128,
             "mini_batch_size": 32,
             "ppo_epochs": 2,
             "gamma": 1.0,
             "lam": 0.95,
             "cliprange": 0.2,
-            "vf_coef": 0.5,
+            "vf_coef": 0.1,
             "init_kl_coef": 0.0,
             "adap_kl_ctrl": False,
             "max_grad_norm": 1.0,
@@ -81,7 +82,7 @@ PAIRS = {
         peer="trl1",
         algorithm="grpo",
         settings={
-            "learning_rate": 1e-4,
+            "learning_rate": 2e-4,
             "num_generations": 8,
             "per_device_train_batch_size": 32,
             "steps_per_generation": 4,

@@ -37,6 +37,8 @@ class Watch:
         self.model = model
         self.marks: list[float] = list(request["marks"])
         self.clock = {"wall": time.perf_counter, "cpu": time.process_time}[request["clock"]]
+        self.end = self.marks[-1]
+        self._started: float | None = None
         self.kept: dict[float, dict[str, torch.Tensor]] = {}
         self.history: list[dict[str, float]] = []
 
@@ -45,9 +47,18 @@ class Watch:
         self._latest = self._weights()
         self._started = self.clock()
 
+    @property
+    def seconds(self) -> float:
+        """Since training began."""
+        return 0.0 if self._started is None else self.clock() - self._started
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """The learning rate falls to zero while the time runs out, however many steps that will be."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: max(0.0, 1 - self.seconds / self.end))
+
     def iteration(self, reward: float) -> bool:
         """An iteration has ended, whose episodes had this mean reward. Is the time up?"""
-        seconds = self.clock() - self._started
+        seconds = self.seconds
         self.history.append({"seconds": seconds, "reward": reward})
         while self.marks and self.marks[0] < seconds:
             self.kept[self.marks.pop(0)] = self._latest

@@ -2,8 +2,8 @@
 
 Here: the update's memory at a vocabulary of 150,000, with whole logits and with ours in chunks. The peak of
 resident memory, over that of the process before the model is made, of one batch observed and learnt from.
-Weights, gradients and Adam's moments are in it on both sides. Half of the tokens are sampled; whole logits, too,
-are computed for these only. Rows against TRL 1.16: `trl1.py`.
+Weights, gradients and Adam's moments are in it on both sides. Half of the tokens are sampled; whole logits,
+too, are computed for these only. Rows against TRL 1.16: `trl1.py`.
 """
 
 from __future__ import annotations

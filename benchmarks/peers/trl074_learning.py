@@ -29,7 +29,11 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     )
     trunk = AutoModelForCausalLM.from_pretrained(start / "model")
     model = AutoModelForCausalLMWithValueHead.from_pretrained(trunk)
-    trainer = PPOTrainer(PPOConfig(seed=request["seed"], **request["settings"]), model, tokenizer=tokenizer)
+    config, watch = PPOConfig(seed=request["seed"], **request["settings"]), Watch(trunk, request)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    trainer = PPOTrainer(
+        config, model, tokenizer=tokenizer, optimizer=optimizer, lr_scheduler=watch.schedule(optimizer)
+    )
     environment = TextEnvironment(
         model,
         tokenizer,
@@ -49,10 +53,9 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     )
     rows = [json.loads(line) for line in (start / "data/train.jsonl").read_text().splitlines()]
     random.Random(request["seed"]).shuffle(rows)
-    watch, size = Watch(trunk, request), trainer.config.batch_size
     watch.start()
-    for first in count(0, size):
-        batch = [rows[i % len(rows)] for i in range(first, first + size)]
+    for first in count(0, config.batch_size):
+        batch = [rows[i % len(rows)] for i in range(first, first + config.batch_size)]
         queries, responses, masks, rewards, _ = environment.run(
             [row["prompt"] for row in batch], answer=[row["answer"] for row in batch]
         )

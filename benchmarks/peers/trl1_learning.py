@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from examples.calculator import exact_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -53,7 +54,6 @@ RESPONSE_TEMPLATE = {
 ENDS = ("<call>", "<submit>", "<eos>")
 
 SETTINGS = {
-    "lr_scheduler_type": "constant",
     "max_steps": 1_000_000,  # the clock ends the run
     "logging_strategy": "no",
     "save_strategy": "no",
@@ -73,6 +73,8 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
     watch = Watch(model, request)
     rows = [json.loads(line) for line in (start / "data/train.jsonl").read_text().splitlines()]
     settings = {**SETTINGS, "output_dir": str(folder), "seed": request["seed"], **request["settings"]}
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["learning_rate"])
+    optimizers = (optimizer, watch.schedule(optimizer))
     if request["algorithm"] == "grpo":
         clock = Clock(watch, exact_answer_of_messages)
         tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
@@ -85,6 +87,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[clock],
+            optimizers=optimizers,
             tools=[calculator],
         )
     else:
@@ -96,6 +99,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[clock],
+            optimizers=optimizers,
         )
     watch.start()
     trainer.train()

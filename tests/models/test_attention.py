@@ -58,6 +58,25 @@ def test_changing_one_sequence_leaves_its_neighbours_bitwise_alone(make_llama):
     assert not torch.allclose(before[1], after[1])
 
 
+@pytest.mark.parametrize("lengths", [(6, 7, 5), (2, 9, 30)], ids=["masked", "uneven"])
+@torch.no_grad()
+def test_those_that_share_a_prefix_dont_see_each_other(make_llama, lengths):
+    model = make_llama(dtype=torch.float64)
+    assert supports_packing(model)
+    plan = PackedPlan([9, 12, *lengths], prefixes=[None, None, *[1] * len(lengths)])
+    other, prefix, a, b, c = (ids(n, seed) for seed, n in enumerate(plan.lengths))
+
+    def outputs(*pieces):
+        flat = [token for piece in pieces for token in piece]
+        return model(**packed_inputs(flat, plan)).logits[0].split(plan.lengths)
+
+    before = outputs(other, prefix, a, b, c)
+    after = outputs(other, prefix, a, [t ^ 1 for t in b], c)
+    assert [torch.equal(x, y) for x, y in zip(before, after, strict=True)] == [True, True, True, False, True]
+    moved = outputs(other, [t ^ 1 for t in prefix], a, b, c)
+    assert [torch.equal(x, y) for x, y in zip(before, moved, strict=True)] == [True, *[False] * 4]
+
+
 @pytest.mark.parametrize("window", [None, 4, 7])
 @torch.no_grad()
 def test_sliding_windows(window):

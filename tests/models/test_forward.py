@@ -15,6 +15,7 @@ from transformers import (
 
 from etude.data.batch import PackedBatch, Trajectory
 from etude.models.forward import PolicyForward
+from etude.models.update_mode import update_mode
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 
 
@@ -137,8 +138,6 @@ def test_without_a_value_head(tokenizer, make_llama):
 
 
 def test_activation_checkpointing_changes_nothing(tokenizer, make_llama):
-    from etude.trainers.learner import update_mode
-
     model = AutoModelForCausalLMWithValueHead(make_llama(dtype=torch.float64, attention_dropout=0.3))
     forward = PolicyForward(model)
     batch = PackedBatch.of(trajectories((9, 10, 11), len(tokenizer)))
@@ -290,13 +289,11 @@ def test_sharing_with_adapters():
 
 
 def test_sharing_with_activation_checkpointing(make_gpt2):
-    from etude.trainers.learner import training_mode
-
     model = AutoModelForCausalLMWithValueHead(make_gpt2(dtype=torch.float64))
     forward = PolicyForward(model)
     model.gradient_checkpointing_enable()
-    training_mode(forward)
-    check_sharing(forward, families_of_trajectories(SHAPES["uneven"]))
+    with update_mode(forward):
+        check_sharing(forward, families_of_trajectories(SHAPES["uneven"]))
 
 
 @pytest.fixture(scope="module")

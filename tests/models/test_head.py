@@ -14,8 +14,8 @@ from etude.data.batch import PackedBatch, Trajectory
 from etude.models.forward import PolicyForward
 from etude.models.head import ChunkedHead, Finish, _LinearHead, chunk_rows
 from etude.models.loading import add_adapter
+from etude.models.update_mode import update_mode
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
-from etude.trainers.learner import update_mode
 
 VOCABULARY = 61
 ROWS = 4  # states per chunk, at most

@@ -159,7 +159,7 @@ def test_a_reward_model_gives_the_first_values(tokenizer, make_llama, tmp_path):
     assert trainer.value_model.dtype == torch.float64, "in the policy's precision"
     observed = []
     observe = trainer.learner.observe
-    trainer.learner.observe = lambda trajectories: observed.append(observe(trajectories)) or observed[0]
+    trainer.learner.observe = lambda *args: observed.append(observe(*args)) or observed[0]
     trainer.step([IDS[0, :2], IDS[1, :3]], [IDS[0, 2:], IDS[1, 3:]], [1.0, 0.0])
     reward_model.double()
     for row, (ids, start) in enumerate(zip(IDS, (2, 3), strict=True)):

@@ -1,13 +1,15 @@
 """GRPO and RLOO: a step against an independent implementation, groups that teach nothing, whole runs."""
 
+import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
-from etude.errors import ConfigError, ModelError
+from etude.errors import ConfigError, DataError, ModelError, RewardError
 from etude.models.forward import PolicyForward
 from etude.models.loading import add_adapter, lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
@@ -195,6 +197,25 @@ def learnt(make_llama, tokenizer, rows, config):
     trainer.learn(trajectories_of(rows))
     start = make_llama(0, F64).state_dict()
     return {name: parameter - start[name] for name, parameter in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("config_class", [GRPOConfig, RLOOConfig])
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # the very first batch teaches nothing
+def test_what_learn_refuses(config_class, tokenizer, make_llama):
+    trainer = TRAINERS[config_class](make_llama(), settings_of(config_class), processing_class=tokenizer)
+    rows = trajectories_of(group_rows(len(tokenizer)))
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(DataError, match="learn got no trajectories"):
+        trainer.learn([])
+    with pytest.raises(DataError, match="11 trajectories; expected a multiple of num_generations"):
+        trainer.learn(rows[:-1])
+    for bad in (math.nan, math.inf):
+        with pytest.raises(RewardError, match=r"score of trajectory 3 is (nan|inf)"):
+            trainer.learn([*rows[:3], replace(rows[3], score=bad), *rows[4:]])
+    silent = [replace(row, sampled=row.sampled[:0], compared=False) for row in rows]
+    with pytest.warns(UserWarning, match="nothing to learn"):
+        trainer.learn(silent)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
 
 
 @pytest.mark.parametrize(("config_class", "beta"), [(GRPOConfig, 0.0), (RLOOConfig, 0.0)])

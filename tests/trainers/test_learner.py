@@ -127,6 +127,12 @@ def test_sharing_prefixes_changes_nothing_but_the_tokens(kl_kind, settings, outc
     assert limit is None or (max(map(sum, fewer)) <= limit and len(fewer) < len(passes))
 
 
+def test_models_that_are_padded_share_nothing(outcome, make_gpt2, monkeypatch):
+    monkeypatch.setattr("etude.models.forward.supports_packing", lambda model: False)
+    given = {"make": make_gpt2, "trajectories": shuffled_groups, "mini_batch_size": 4, "accumulation": 3}
+    assert outcome(**given)[2] == outcome(**given, share_prefixes=False)[2]
+
+
 def test_the_update_moves_the_weights(outcome, make_llama):
     weights = outcome()[1]
     start = AutoModelForCausalLMWithValueHead(make_llama(dtype=F64)).state_dict()

@@ -1,6 +1,7 @@
 """PPO: one step against an independent implementation, the settings, and what users get wrong."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from peft import LoraConfig
 from transformers import GPTJConfig, GPTJForCausalLM
 
+from etude.data.batch import Trajectory
 from etude.errors import ConfigError, DataError, ModelError, RewardError
 from etude.models.loading import add_adapter
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
@@ -542,6 +544,19 @@ def test_masked_episodes(trainer, tokenizer):
         trainer.step(queries, responses, scores, [torch.zeros_like(mask) for mask in masks])
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name])
+
+
+def test_what_learn_refuses(trainer, tokenizer):
+    queries, responses, masks, scores = batch(len(tokenizer))
+    rows = [Trajectory.of_response(*row) for row in zip(queries, responses, scores, masks, strict=True)]
+    with pytest.raises(DataError, match="learn got no trajectories"):
+        trainer.learn([])
+    for bad in (math.nan, -math.inf):
+        with pytest.raises(RewardError, match=r"score of trajectory 2 is (nan|-inf)"):
+            trainer.learn([*rows[:2], replace(rows[2], score=bad), *rows[3:]])
+    with pytest.raises(DataError, match="give the model a prompt"):
+        trainer.step([torch.tensor([], dtype=torch.long), *queries[1:]], responses, scores)
+    assert math.isfinite(trainer.learn(rows[:5])["loss"]), "the last mini-batch is smaller"
 
 
 def test_constant_scores_do_not_blow_up(trainer, tokenizer):

@@ -131,7 +131,7 @@ def test_the_sampler_s_gap_is_logged_and_within_its_precision(precision, tokeniz
     PPOTrainer(config, model, environment=env, train_dataset=tasks).train()
     gaps = [row["sampler/gap_max"] for row in RunDirectory(tmp_path).read_metrics()]
     assert len(gaps) == 2
-    assert max(gaps) < (2e-4 if precision == "no" else 0.3)
+    assert max(gaps) < (2e-4 if precision == "no" else 0.1)
     again = load_causal_lm(tmp_path)
     assert again.dtype == torch.float32
     assert torch.equal(again.lm_head.weight, model.pretrained_model.lm_head.weight)

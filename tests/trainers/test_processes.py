@@ -19,22 +19,25 @@ import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM, AutoTokenizer
 from etude import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-directory, processes = sys.argv[1], int(sys.argv[2])
+directory, processes, silent = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "silent"
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = AutoModelForCausalLMWithValueHead.from_pretrained(f"{directory}/model", dtype="float64")
 torch.nn.init.normal_(model.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
 config = PPOConfig(batch_size=8 // processes, mini_batch_size=2, gradient_accumulation_steps=4 // processes,
-                   ppo_epochs=1, init_kl_coef=0.1, max_grad_norm=0.5)
+                   ppo_epochs=1, init_kl_coef=0.1, max_grad_norm=0.5, early_stopping=True, target_kl=100.0)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
 trainer = PPOTrainer(config, model, tokenizer=tokenizer, optimizer=optimizer)
 generator = torch.Generator().manual_seed(2)
 ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
 rows = [(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+masks = [torch.full((4 + i,), int(i < 4 or not silent)) for i in range(8)]  # the second process's, if silent
 rank = trainer.accelerator.process_index
-mine = rows[rank * 8 // processes:(rank + 1) * 8 // processes]
-trainer.step([q for q, _, _ in mine], [r for _, r, _ in mine], [s for _, _, s in mine])
+mine = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
+stats = trainer.step(*map(list, zip(*rows[mine])), masks[mine])
+mean = trainer._average({name: value for name, value in stats.items() if isinstance(value, float)})
+print(f"<loss {mean['loss']:.5f}, coefficient {trainer.kl_ctl.value:.7f}>")
 if rank == 0:
     trainer.model.save_pretrained(f"{directory}/after-{processes}")
 trainer.accelerator.wait_for_everyone()
@@ -77,7 +80,7 @@ from etude import GRPOConfig, GRPOTrainer
 from etude.models.loading import load_causal_lm
 from etude.data.batch import Trajectory
 
-directory, processes = sys.argv[1], int(sys.argv[2])
+directory, processes, silent = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "silent"
 torch.set_num_threads(1)
 model = load_causal_lm(f"{directory}/model", dtype="float64")
 config = GRPOConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4 // processes,
@@ -87,12 +90,60 @@ tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
 trainer = GRPOTrainer(model, config, processing_class=tokenizer, optimizers=(optimizer, None))
 generator = torch.Generator().manual_seed(2)
 ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
-rows = [Trajectory.of_response(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+mask = lambda i: torch.full((4 + i,), int(i < 4 or not silent))  # the second process's, if silent
+rows = [Trajectory.of_response(ids(3 + i % 2), ids(4 + i), float(i % 3), mask(i)) for i in range(8)]
 rank = trainer.accelerator.process_index
-trainer.learn(rows[rank * 8 // processes:(rank + 1) * 8 // processes])
+stats = trainer.learn(rows[rank * 8 // processes:(rank + 1) * 8 // processes])
+mean = trainer._average(stats)
+print(f"<entropy {mean['entropy']:.5f}, gradient {mean['grad_norm']:.5f}>")
 if rank == 0:
     trainer.model.save_pretrained(f"{directory}/after-{processes}")
 trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+ALGORITHMS = """
+import sys, torch
+import etude
+from transformers import AutoTokenizer
+from etude.models.loading import load_causal_lm
+from etude.data.batch import Trajectory
+from etude.types import NamedReward
+from safetensors.torch import save_file
+
+directory, processes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
+generator = torch.Generator().manual_seed(2)
+ids = lambda n: torch.randint(0, 50, (n,), generator=generator)
+rows = [Trajectory.of_response(ids(3 + i % 2), ids(4 + i), float(i % 3)) for i in range(8)]
+for i, row in enumerate(rows):
+    row.rewards = (NamedReward("end", float(i % 3)), NamedReward("form", float(i % 2), 0.5))
+    row.score = sum(reward.weighted for reward in row.rewards)
+for row in rows[5:]:  # the second process's only
+    row.rewards += (NamedReward("turn", 1.0, position=int(row.sampled[1])),)
+    row.score += 1.0
+kinds = {
+    "process": ("GRPO", {"scale_rewards": "batch"}),
+    "several": ("GRPO", {"multi_objective_aggregation": "normalize_then_sum"}),
+    "rloo": ("RLOO", {"beta": 0.0, "normalize_advantages": True}),
+    "reinforce": ("Reinforce", {"normalize_advantages": True, "entropy_coef": 0.1}),
+    "plus_plus": ("ReinforcePlusPlus", {"beta": 0.0}),
+    "imitate": ("IterativeSFT", {"keep_best": 1}),
+}
+for name, (kind, settings) in kinds.items():
+    model = load_causal_lm(f"{directory}/model", dtype="float64")
+    config = getattr(etude, kind + "Config")(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4 // processes, max_grad_norm=0.5,
+        **({} if "Reinforce" in kind else {"num_generations": 4}), **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = getattr(etude, kind + "Trainer")(
+        model, config, processing_class=tokenizer, optimizers=(optimizer, None))
+    rank = trainer.accelerator.process_index
+    trainer.learn(rows[rank * 8 // processes:(rank + 1) * 8 // processes])
+    if rank == 0:
+        save_file(model.state_dict(), f"{directory}/{name}-{processes}.safetensors")
+    trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
 
@@ -138,12 +189,21 @@ def test_two_processes_train_a_value_model_as_one_does(model_directory, make_gpt
     torch.testing.assert_close(*heads, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("batch", ["whole", "silent"])
 @pytest.mark.parametrize("script", [STEP, GROUP_STEP], ids=["ppo", "grpo"])
-def test_two_processes_end_in_the_weights_of_one(model_directory, script):
+def test_two_processes_end_in_the_weights_of_one(model_directory, script, batch):
+    """Also where nothing was sampled in the second one's part of the batch."""
     (model_directory / "step.py").write_text(script)
+    said = []
     for processes in (1, 2):
-        done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
-        assert done.returncode == 0, done.stderr[-2000:]
+        done = launch(
+            processes, str(model_directory / "step.py"), str(model_directory), str(processes), batch
+        )
+        assert done.returncode == 0, done.stderr[:3000]
+        said += re.findall("<.*?>", done.stdout)
+    assert len(said) == 3
+    if batch == "silent":
+        assert len(set(said)) == 1, "processes agree on what was learned from one's rows"
     one, two, before = (
         {**load_file(model_directory / d / "model.safetensors")} for d in ("after-1", "after-2", "model")
     )
@@ -151,6 +211,20 @@ def test_two_processes_end_in_the_weights_of_one(model_directory, script):
     assert moved > 1e-3
     for name, parameter in one.items():
         torch.testing.assert_close(parameter, two[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_every_algorithm_compares_the_episodes_of_all_processes(model_directory):
+    """Statistics over the batch are those of both, also where only one has rewards at turns."""
+    (model_directory / "step.py").write_text(ALGORITHMS)
+    for processes in (1, 2):
+        done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
+        assert done.returncode == 0, done.stderr[-3000:]
+    before = load_file(model_directory / "model" / "model.safetensors")
+    for name in ("process", "several", "rloo", "reinforce", "plus_plus", "imitate"):
+        one, two = (load_file(model_directory / f"{name}-{count}.safetensors") for count in (1, 2))
+        assert max((one[key] - before[key].double()).abs().max().item() for key in one) > 1e-3
+        for key, parameter in one.items():
+            torch.testing.assert_close(parameter, two[key], atol=1e-6, rtol=0, msg=f"{name} {key}")
 
 
 @pytest.fixture
@@ -183,7 +257,7 @@ def steps_of(directory):
 
 def test_the_command_line_in_two_processes(model_directory, options):
     done = launch(2, "-m", "etude", "ppo", *options, cwd=model_directory)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:3000]
     assert len(re.findall("report:", done.stdout)) == 1, "only the main process speaks"
     assert steps_of(model_directory) == [1, 2], "16 episodes, 2 × 4 at a time"
 
@@ -211,7 +285,7 @@ def test_accelerate_launch(model_directory, options):
         )
 
     done = run()
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:3000]
     assert steps_of(model_directory) == [1, 2, 3, 4]
     wrong = run("--batch_sise=4")
     assert "etude: error: unknown option --batch_sise; did you mean --batch_size?" in wrong.stderr

@@ -30,6 +30,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from etude.errors import ModelError
 from etude.models.plans import PLAN, Branches, Decoding, PackedPlan, SharedPrefix, StaticPlan
 
+QKV = tuple[Tensor, ...]  # queries, keys, values
+
 _PREFIX = "etude_"
 _KNOWN_TENSORS = ("position_ids", "cache_position")  # that families hand on, and attention needn't know
 
@@ -103,59 +105,54 @@ def _attend_to_self(
 ) -> Tensor:
     """Training: each sequence attends to its own tokens, and to those of its prefix. [H, T, d] in and out."""
     if not plan.branches:
-        return _attend_roots(q, k, v, plan, scores, window)
-    roots = slice(sum(plan.roots))
-    parts = [_attend_roots(q[:, roots], k[:, roots], v[:, roots], plan, scores, window)]
-    parts += [_attend_branches(q, k, v, branches, scores, window) for branches in plan.branches]
+        return _attend_roots((q, k, v), plan, scores, window)
+    # Split, not sliced: the backward pass of a slice is as large as what it was cut from.
+    sections = [sum(plan.roots), *(sum(branches.lengths) for branches in plan.branches)]
+    roots, *owns = zip(*(tensor.split(sections, dim=1) for tensor in (q, k, v)), strict=True)
+    prefixes = list(zip(*(tensor.split(plan.roots, dim=1) for tensor in roots), strict=True))
+    parts = [_attend_roots(roots, plan, scores, window)]
+    for branches, own in zip(plan.branches, owns, strict=True):
+        parts.append(_attend_branches(prefixes[branches.prefix], own, branches, scores, window))
     return torch.cat(parts, dim=1)
 
 
-def _attend_roots(
-    q: Tensor, k: Tensor, v: Tensor, plan: PackedPlan, scores: Scores, window: int | None
-) -> Tensor:
+def _attend_roots(qkv: QKV, plan: PackedPlan, scores: Scores, window: int | None) -> Tensor:
+    """What goes on from nothing. [H, n, d] in and out for all of it."""
     cells = plan.rectangle
     if cells is None or not scores.plain or (window and window < cells.width):
-        parts = zip(*(tensor.split(plan.roots, dim=1) for tensor in (q, k, v)), strict=True)
+        parts = zip(*(tensor.split(plan.roots, dim=1) for tensor in qkv), strict=True)
         return torch.cat([_attend(q, k, v, scores, window) for q, k, v in parts], dim=1)
-    gqa = q.shape[0] != k.shape[0]
-    q, k, v = (cells.rows_of(tensor) for tensor in (q, k, v))
-    return cells.flat_of(
-        scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
-    )
+    q, k, v = (cells.rows_of(tensor) for tensor in qkv)
+    gqa = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
+    return cells.flat_of(out)
 
 
-def _attend_branches(
-    q: Tensor, k: Tensor, v: Tensor, branches: Branches, scores: Scores, window: int | None
-) -> Tensor:
-    """What goes on from one prefix. Of the whole step [H, T, d]; [H, n, d] for their n tokens."""
-    cells, prefix, past, longest = branches.rectangle, branches.prefix, branches.past, max(branches.lengths)
+def _attend_branches(prefix: QKV, own: QKV, branches: Branches, scores: Scores, window: int | None) -> Tensor:
+    """What goes on from one prefix of P tokens [H, P, d]. [H, n, d] in and out for their own n."""
+    cells, longest, past = branches.rectangle, max(branches.lengths), prefix[0].shape[1]
     fused = scores.plain and not (window and window < past + longest)
-    # A causal kernel skips what a mask only hides: behind a short prefix that is worth asking its queries again.
+    # A causal kernel skips what a mask only hides: it pays to ask a short prefix's queries again.
     again = fused and 2 * past < longest
     if fused and cells is not None:
-
-        def rows_of(flat: Tensor) -> Tensor:
-            shared = flat[:, prefix].expand(cells.rows, -1, -1, -1)
-            return torch.cat([shared, cells.rows_of(flat[:, branches.tokens])], dim=2)
-
+        shared = (tensor.expand(cells.rows, -1, -1, -1) for tensor in prefix)
+        rows = [cells.rows_of(tensor) for tensor in own]
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(shared, rows, strict=True))
         if again:
-            gqa = q.shape[0] != k.shape[0]
-            q, k, v = rows_of(q), rows_of(k), rows_of(v)
+            gqa = q.shape[1] != k.shape[1]
             out = scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
             return cells.flat_of(out[:, :, past:])
-        groups = q.shape[0] // k.shape[0]
-        stacked = (
-            cells.rows_of(q[:, branches.tokens]).unflatten(1, (-1, groups)).flatten(2, 3)
-        )  # as in _attend
-        mask = _looks_back(cells.width, past + cells.width, None, q.device).repeat(groups, 1)
-        out = _grouped(stacked, rows_of(k), rows_of(v), mask, scores)
-        return cells.flat_of(out.unflatten(2, (groups, -1)).flatten(1, 2))
-    seen = slice(prefix.start + max(0, past + 1 - window) if window else prefix.start, prefix.stop)
+        stacked = rows[0].unflatten(1, (k.shape[1], -1))  # as in _attend
+        mask = _looks_back(cells.width, past + cells.width, None, q.device).repeat(stacked.shape[2], 1)
+        out = _grouped(stacked.flatten(2, 3), k, v, mask, scores)
+        return cells.flat_of(out.unflatten(2, (-1, cells.width)).flatten(1, 2))
+    first = max(0, past + 1 - window) if window else 0  # of the prefix, as far as anyone looks back
+    seen = [tensor[:, first:] for tensor in prefix]
     parts = []
-    for own in branches.places:
-        queries, keys, values = (torch.cat([t[:, seen], t[:, own]], dim=1) for t in (q, k, v))
-        out = _attend(queries if again else q[:, own], keys, values, scores, window)
-        parts.append(out[:, own.start - own.stop :])
+    for each in zip(*(tensor.split(branches.lengths, dim=1) for tensor in own), strict=True):
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(seen, each, strict=True))
+        out = _attend(q if again else each[0], k, v, scores, window)
+        parts.append(out[:, -each[0].shape[1] :])
     return torch.cat(parts, dim=1)
 
 

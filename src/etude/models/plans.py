@@ -80,17 +80,11 @@ class PackedPlan:
     @cached_property
     def branches(self) -> list[Branches]:
         """The other ones, by the prefix that they go on from."""
-        members: dict[int, list[int]] = defaultdict(list)
-        for i, before in enumerate(self.prefixes):
+        lengths: dict[int, list[int]] = defaultdict(list)
+        for n, before in zip(self.lengths, self.prefixes, strict=True):
             if before is not None:
-                members[before].append(i)
-        return [self._branches(before, rows) for before, rows in members.items()]
-
-    def _branches(self, before: int, rows: list[int]) -> Branches:
-        start, lengths = self.starts[rows[0]], [self.lengths[i] for i in rows]
-        prefix = slice(self.starts[before], self.starts[before] + self.lengths[before])
-        tokens = slice(start, start + sum(lengths))
-        return Branches(prefix, tokens, lengths, Rectangle.of(lengths, self.device))
+                lengths[before].append(n)
+        return [Branches(before, each, Rectangle.of(each, self.device)) for before, each in lengths.items()]
 
     @cached_property
     def decoding(self) -> Decoding | None:
@@ -181,22 +175,11 @@ class Rectangle:
 
 @dataclass
 class Branches:
-    """Sequences of a training step that go on from one prefix."""
+    """Sequences of a training step that go on from the same one and lie end to end."""
 
-    prefix: slice  # its tokens in the flat step
-    tokens: slice  # theirs, end to end
+    prefix: int
     lengths: list[int]
-    rectangle: Rectangle | None  # of their own tokens
-
-    @property
-    def past(self) -> int:
-        return self.prefix.stop - self.prefix.start
-
-    @property
-    def places(self) -> list[slice]:
-        """The tokens of each of them."""
-        starts = accumulate(self.lengths, initial=self.tokens.start)
-        return [slice(start, start + n) for start, n in zip(starts, self.lengths, strict=False)]
+    rectangle: Rectangle | None
 
 
 @dataclass

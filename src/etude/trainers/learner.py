@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from etude.data.batch import PackedBatch, Trajectory
 from etude.data.families import into_passes
 from etude.math.kl import KLKind, kl_estimate, kl_full
 from etude.models.forward import PolicyForward, PolicyOutput
 from etude.models.reference import reference_by_disabled_adapters
+from etude.models.update_mode import update_mode
 from etude.trainers.experience import Experience, LossFunction, Minibatch, UpdateLog
 
 
@@ -303,41 +303,6 @@ class Learner:
     def global_count(self, count: Tensor) -> Tensor:
         """Sum over processes, as float32."""
         return self.accelerator.reduce(count.to(self.accelerator.device, torch.float32), "sum")
-
-
-@contextmanager
-def update_mode(policy: nn.Module) -> Iterator[None]:
-    """Inside, `policy` computes as it did when it was observed, with activation checkpointing where enabled.
-
-    That is evaluation mode: dropout, a router's jitter or a skipped layer would make the first ratio of a
-    batch differ from 1, and the update would answer noise. What checkpoints asks for training mode, and gets
-    it until it computes.
-    """
-    policy.eval()
-    enabled: list[Any] = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False)]
-    layers: list[Any] = [m for m in enabled if isinstance(m, GradientCheckpointingLayer)]
-    # In older modelling code it is not the layers but the model around them.
-    before = [(module, module._gradient_checkpointing_func) for module in layers or enabled]
-    for module, function in before:
-        module.training = True
-        module._gradient_checkpointing_func = partial(_checkpointed, module, function)
-    try:
-        yield
-    finally:
-        for module, function in before:
-            module.training = False
-            module._gradient_checkpointing_func = function
-
-
-def _checkpointed(module: nn.Module, checkpoint: Callable[..., Any], forward: Any, *args: Any) -> Any:
-    def in_evaluation_mode(*args: Any) -> Any:
-        module.training = False
-        try:
-            return forward(*args)
-        finally:
-            module.training = True
-
-    return checkpoint(in_evaluation_mode, *args)
 
 
 def _widened(rows_BN: Tensor, width: int) -> Tensor:
