@@ -174,7 +174,7 @@ class GroupTrainer(PolicyTrainer):
             stats |= _means(log)
             gap |= experience.sampler_gap()
         stats |= gap
-        self.lr_scheduler.step()
+        self.advance_schedule()
         return stats
 
     def chosen(self, experience: Experience, advantages_BN: Tensor) -> Experience:
@@ -272,9 +272,9 @@ class GroupTrainer(PolicyTrainer):
         return [episodes[i : i + self.plays] for i in range(0, len(episodes), self.plays)]
 
     def _tells(self, group: Sequence[Episode]) -> bool:
-        """Its episodes have scores, and not all the same one."""
+        """Its episodes have scores, and not all the same ones at the same tokens."""
         trajectories = [_settled(self.trajectory(episode)) for episode in group]
-        return len({trajectory.score for trajectory in trajectories if trajectory.compared}) > 1
+        return len({(t.score, *t.early_rewards.items()) for t in trajectories if t.compared}) > 1
 
     def _more_tasks(self, step: int, round: int, count: int) -> tuple[list[Mapping[str, Any]], list[int]]:
         """Tasks for `count` more groups, and seeds: by counters, so that a resumed run plays the same."""

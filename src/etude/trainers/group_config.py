@@ -51,8 +51,6 @@ class GroupConfig(OnlineConfig):
 
     # The objective.
     beta: float = setting(0.0, "weight of the KL to the reference; 0: there is no reference")
-    epsilon: float = setting(0.2, "how far below 1 the policy ratio still counts")
-    epsilon_high: float | None = setting(None, "how far above 1; epsilon by default")
 
     def __post_init__(self) -> None:
         require_at_least_one(self, "per_device_train_batch_size", "num_iterations")
@@ -90,9 +88,6 @@ class GroupConfig(OnlineConfig):
             )
         if not self.num_train_epochs > 0:
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; expected a number above 0")
-        for name in ("epsilon", "epsilon_high"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number >= 0")
 
     @property
     def policy_table(self) -> Mapping[StopReason, StopPolicy]:
@@ -126,7 +121,21 @@ class GroupConfig(OnlineConfig):
 
 
 @dataclass
-class GRPOConfig(GroupConfig):
+class ClippedConfig(GroupConfig):
+    """What those share whose loss clips the policy ratio."""
+
+    epsilon: float = setting(0.2, "how far below 1 the policy ratio still counts")
+    epsilon_high: float | None = setting(None, "how far above 1; epsilon by default")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epsilon", "epsilon_high"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number >= 0")
+
+
+@dataclass
+class GRPOConfig(ClippedConfig):
     """Settings of `GRPOTrainer`. The `help` of each field is what the command line shows."""
 
     beta: float = setting(0.0, "weight of the KL to the reference in the loss; 0: there is no reference")
@@ -162,6 +171,11 @@ class GRPOConfig(GroupConfig):
         super().__post_init__()
         if self.reward_scale not in ("group", "batch", "none"):
             raise ConfigError(f"scale_rewards is {self.scale_rewards!r}; expected group, batch or none")
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.reward_scale != "group":
+            raise ConfigError(
+                "scale_rewards does nothing with normalize_then_sum, which scales each reward by its group's "
+                "deviation and their sum by the batch's; leave it out"
+            )
         if self.loss_type == "cispo" and self.importance_sampling_level == "sequence":
             raise ConfigError("loss_type cispo weighs tokens; leave importance_sampling_level at token")
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
@@ -186,7 +200,7 @@ class GRPOConfig(GroupConfig):
 
 
 @dataclass
-class RLOOConfig(GroupConfig):
+class RLOOConfig(ClippedConfig):
     """Settings of `RLOOTrainer`. The `help` of each field is what the command line shows."""
 
     num_generations: int = setting(2, "episodes of each task in an iteration: a group")
@@ -219,7 +233,7 @@ class ReinforceConfig(GroupConfig):
 
 
 @dataclass
-class ReinforcePlusPlusConfig(GroupConfig):
+class ReinforcePlusPlusConfig(ClippedConfig):
     """Settings of `ReinforcePlusPlusTrainer`. The `help` of each field is what the command line shows."""
 
     least_generations: ClassVar[int] = 1

@@ -38,6 +38,10 @@ class GRPOTrainer(GroupTrainer):
 
     def spread(self, advantages_B: Tensor, experience: Experience) -> Tensor:
         """Rewards of turns and tokens are compared one by one (process supervision, section 4.1.3)."""
+        if self.config.multi_objective_aggregation == "normalize_then_sum":
+            return (
+                advantages_B[:, None] * experience.mask
+            )  # an episode's rewards of one name count by their sum
         early = torch.tensor(
             any(t.early_rewards for t in experience.trajectories), device=self.current_device
         )

@@ -83,7 +83,7 @@ class IterativeSFTTrainer(GroupTrainer):
         experience = self.learner.observe(rows, postpone=True)
         ones_BN = experience.mask.to(experience.logprobs)
         log = self.learner.update(experience, lambda part: self._loss(part, ones_BN), self._shuffles())
-        self.lr_scheduler.step()
+        self.advance_schedule()
         self.current_step += 1
         return {"loss": log.mean("loss").item()}
 

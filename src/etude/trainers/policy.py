@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -199,6 +200,12 @@ class PolicyTrainer(OnlineTrainer):
         stats["sampler/weight_min"] = weights_BN[experience.mask].min().item()
         stats["sampler/weight_max"] = weights_BN[experience.mask].max().item()
         return advantages_BN * weights_BN, stats
+
+    def advance_schedule(self) -> None:
+        """One iteration further; also where a first batch taught nothing, of which torch would warn."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.lr_scheduler.step()
 
     def entropy_bonus(self, minibatch: Minibatch) -> Tensor | float:
         """This mini-batch's part of `entropy_coef` × mean entropy per sampled token, to be maximised."""

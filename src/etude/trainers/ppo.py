@@ -182,7 +182,7 @@ class PPOTrainer(PolicyTrainer):
             self.kl_ctl.update(float(kl), config.batch_size * self.accelerator.num_processes)
         else:
             stats |= without_reference(stats)
-        self.lr_scheduler.step()
+        self.advance_schedule()
         clock.lap("calc_stats")
         return {**stats, **clock.laps()}
 
