@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     LogitsProcessorList,
+    PrinterCallback,
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
@@ -130,6 +131,7 @@ def step(model: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
             tools=[Echo_],
         )
         trainer.passes = []
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     order = {episode.task_token: i for i, episode in enumerate(episodes)}
     start = episodes[0].task_start
@@ -199,6 +201,7 @@ def updates(model: LlamaForCausalLM, before: int, request: dict[str, Any]) -> di
             callbacks=[clock],
             rollout_func=rollout,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return {
         "seconds": sum(watch.times["seconds"] for watch in clock.steps),
