@@ -77,6 +77,7 @@ class GroupTrainer(PolicyTrainer):
 
     config_class: ClassVar[type[GroupConfig]]
     kl_kind: ClassVar[KLKind]
+    penalises: ClassVar[bool] = True  # advantages depend on the KL
     config: GroupConfig
     model: PreTrainedModel | PeftModel
 
@@ -154,7 +155,7 @@ class GroupTrainer(PolicyTrainer):
         experience = self.learner.observe(settled, order, postpone=self._learns_in_one_step)
         advantages_BN = self.spread(self._advantages(experience), experience)
         telling_B = gathered(advantages_BN.any(1), self.accelerator)
-        stats = {"learning_rate": self.optimizer.param_groups[0]["lr"], **self._kl(experience)}
+        stats = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.plays > 1:
             idle = ~telling_B.view(-1, self.plays).any(1)
             stats["frac_reward_zero_std"] = idle.to(torch.float32).mean().item()
@@ -173,6 +174,8 @@ class GroupTrainer(PolicyTrainer):
             )
             stats |= _means(log)
             gap |= experience.sampler_gap()
+        if telling_B.any() or not experience.pending:
+            stats |= self._kl(experience)
         stats |= gap
         self.advance_schedule()
         return stats
@@ -186,7 +189,8 @@ class GroupTrainer(PolicyTrainer):
         """Nothing asks for log-probabilities before the weights change: the update's own are early enough."""
         config = self.config
         once = config.passes == config.gradient_accumulation_steps and config.num_iterations == 1
-        return once and not self.learner.uses_reference and config.importance_sampling_correction == "none"
+        asked = self.penalises and self.learner.uses_reference
+        return once and not asked and config.importance_sampling_correction == "none"
 
     def _advantages(self, experience: Experience) -> Tensor:
         """Of this process's episodes [B]; they are compared with those of all processes."""

@@ -27,6 +27,7 @@ class GRPOTrainer(GroupTrainer):
     method = "grpo"
     config_class = GRPOConfig
     kl_kind = "k3"
+    penalises = False
     config: GRPOConfig
 
     def credit(self, scores: Scores) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -95,31 +94,15 @@ class Learner:
         Args:
             order: what `update` will shuffle by. The passes are then those of its first epoch: rounding
                 depends on who shares a pass, and in bfloat16 that can move a ratio of 1 by several percent.
-            postpone: leave it to the update, which computes the same. Only right where weights change once
-                all rows have been passed, and nothing before that needs to know. There is no KL then.
+            postpone: leave the policy's part to the update, which computes the same. Only right where weights
+                change once all rows have been passed, and nothing before that needs to know.
         """
-        if postpone:
-            mask = PackedBatch.of(trajectories, self.accelerator.device).mask
-            dtype = torch.promote_types(torch.float32, next(self.policy.parameters()).dtype)
-            zeros = partial(torch.zeros, dtype=dtype, device=mask.device)
-            logprobs, values, ref_logprobs, kl, entropies = (zeros(mask.shape) for _ in range(5))
-            return Experience(
-                list(trajectories),
-                mask,
-                logprobs,
-                values,
-                ref_logprobs,
-                kl,
-                zeros(len(mask)),
-                entropies,
-                pending=True,
-            )
         self.policy.eval()
         rows = None if order is None else self._shuffled(trajectories, order)
         steps = self._steps(rows or list(range(len(trajectories))))
         telling = [[i for i in step if len(trajectories[i].sampled)] for step in steps]
         passes = [rows for step in telling for rows in self._passes(trajectories, step)] or [[0]]
-        parts = [self._observe([trajectories[i] for i in indices]) for indices in passes]
+        parts = [self._observe([trajectories[i] for i in indices], postpone) for indices in passes]
         place = torch.tensor([i for indices in passes for i in indices], device=parts[0].mask.device)
         longest = max(part.mask.shape[1] for part in parts)
 
@@ -133,22 +116,27 @@ class Learner:
             name: in_place([_widened(getattr(part, name), longest) for part in parts]) for name in per_token
         }
         last_values = in_place([part.last_values for part in parts])
-        return Experience(list(trajectories), **merged, last_values=last_values, order=rows)
+        return Experience(list(trajectories), **merged, last_values=last_values, order=rows, pending=postpone)
 
-    def _observe(self, trajectories: Sequence[Trajectory]) -> Experience:
+    def _observe(self, trajectories: Sequence[Trajectory], postpone: bool) -> Experience:
         batch = PackedBatch.of(trajectories, self.accelerator.device, self.share_prefixes)
         full = self.uses_reference and self.kl_kind == "full"
-        output = self._forward(self.policy, batch, keep_logits=full)
+        if postpone:
+            dtype = torch.promote_types(torch.float32, next(self.policy.parameters()).dtype)
+            nothing = torch.zeros(len(batch.targets), dtype=dtype, device=batch.mask.device)
+            output = PolicyOutput(nothing, nothing, None, None, None)
+        else:
+            output = self._forward(self.policy, batch, keep_logits=full)
         expected = output
         if self.uses_reference:
             with self._as_reference() as reference:
                 expected = self._forward(reference, batch, keep_logits=full, with_values=False)
         kl = torch.zeros_like(output.logprobs)
-        if full:
+        if full and not postpone:
             assert output.logits is not None
             assert expected.logits is not None
             kl = kl_full(output.logits, expected.logits, self.temperature)
-        elif self.uses_reference:
+        elif self.uses_reference and not postpone:
             kl = kl_estimate(output.logprobs, expected.logprobs, self.kl_kind)  # type: ignore[arg-type]
         last_values = torch.zeros(len(trajectories), device=batch.mask.device)
         if output.last_values is not None:
@@ -252,7 +240,11 @@ class Learner:
         values = torch.zeros_like(output.logprobs) if output.values is None else output.values
         logprobs, entropies, values = (batch.unpack(x) for x in (output.logprobs, output.entropies, values))
         if experience.pending:
-            for name, now in (("logprobs", logprobs), ("entropies", entropies), ("values", values)):
+            known = {"logprobs": logprobs, "entropies": entropies, "values": values}
+            if self.uses_reference:
+                ref_logprobs = experience.ref_logprobs[indices, : logprobs.shape[1]]
+                known["kl"] = kl_estimate(logprobs, ref_logprobs, self.kl_kind)  # type: ignore[arg-type]
+            for name, now in known.items():
                 getattr(experience, name)[indices, : now.shape[1]] = now.detach().to(
                     experience.logprobs.dtype
                 )
