@@ -3,7 +3,8 @@
 Here: the update's memory at a vocabulary of 150,000, with whole logits and with ours in chunks. The peak of
 resident memory, over that of the process before the model is made, of one batch observed and learnt from.
 Weights, gradients and Adam's moments are in it on both sides. Half of the tokens are sampled; whole logits,
-too, are computed for these only. Rows against TRL 1.16: `trl1.py`.
+too, are computed for these only. Other rows: `update.py`, `ppo_step.py` (TRL
+0.7.4), `trl1.py` (TRL 1.16).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import common, trl1
+from benchmarks import common, ppo_step, trl1
 from benchmarks.common import Json, Options, Row, Side, SideError
 from benchmarks.update import packed_bound, shared_prefix
 from benchmarks.wide import ALLOCATOR
@@ -42,6 +43,7 @@ ROWS: dict[str, Row] = {
     "update_memory_full": update_memory,
     "shared_prefix": shared_prefix,
     "packed_bound": packed_bound,
+    **ppo_step.ROWS,
     **trl1.ROWS,
 }
 
