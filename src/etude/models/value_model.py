@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from etude.errors import ModelError
+from etude.models.head_files import load_head, save_head
 from etude.models.loading import (
     HUB_OPTIONS,
     base_of,
@@ -29,7 +30,7 @@ from etude.models.loading import (
     trunk_of,
 )
 from etude.models.reward_adapter import merged_with_reward_adapter
-from etude.models.value_head import AutoModelForCausalLMWithValueHead, ValueHead, load_head, save_head
+from etude.models.value_head import AutoModelForCausalLMWithValueHead, ValueHead
 
 
 class ValueModel(nn.Module):
