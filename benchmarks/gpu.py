@@ -1,11 +1,12 @@
-"""Rows for a machine with a GPU: multi-turn sampling against `generate`, and how much of its memory's speed
-decoding reaches.
+"""Rows for a machine with a GPU: multi-turn sampling against `generate`, how much of its memory's speed
+decoding reaches, and how much of its arithmetic an update.
 
 The model is a random Qwen2 of 0.5 B parameters in bfloat16. Without a CUDA device the rows are skipped.
 """
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache
@@ -16,13 +17,15 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import common
-from benchmarks.common import Json, NotMeasurableError, Options, Row
+from benchmarks.common import Json, NotMeasurableError, Options, Row, Side
 from benchmarks.peers.trl074_model import train_tokenizer
 from benchmarks.sampling import make_request, our_side, transformers_side
 from benchmarks.workload import Shape
 
 EPISODES = Shape(episodes=256, turns=4, prompt=(64, 256), answer=(16, 64), sampled=(32, 128))
 TOOL_MS = 100
+# Dense bfloat16 with tensor cores, as the makers state it; elsewhere a large product's speed stands in.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 HALF_A_BILLION = Qwen2Config(
     vocab_size=151_936,
     hidden_size=896,
@@ -100,6 +103,34 @@ def gpu_bandwidth(options: Options) -> Json:
     }
 
 
+def gpu_mfu(options: Options) -> Json:
+    """Model-FLOP utilisation of an update: floating-point operations per second over the device's peak."""
+    checkpoint, config = make_checkpoint(options.device)
+    work = {"kind": "update", "episodes": 64, "tokens": 1024, "tokens_per_pass": 16_384}
+    if options.quick:
+        work |= {"episodes": 4, "tokens": 64, "tokens_per_pass": 128}
+    arguments = [str(checkpoint), f"--device={options.device}"]
+    with Side("etude", Path(sys.executable), "benchmarks.etude_gpu_update", *arguments) as ours:
+        product = ours.ask({"kind": "multiply", "size": 256 if options.quick else 8192, "times": 20})
+        ours.ask({**work, "seed": 0})
+        answers = common.alternate([ours], [{**work, "seed": seed} for seed in range(1, options.runs + 1)])
+    peak = next(
+        (flops for name, flops in PEAK_FLOPS.items() if name in product["device"]),
+        product["flops_per_second"],
+    )
+    reached = median(answer["flops"] / answer["seconds"] for answer in answers["etude"])
+    print(f"  update {reached / 1e12:.2f} TFLOP/s, peak {peak / 1e12:.2f} TFLOP/s")
+    return {
+        "ratio": reached / peak,
+        "flops_per_second": reached,
+        "peak_flops_per_second": peak,
+        "product": product,
+        "settings": {**work, "model": config.to_dict()},
+        "sides": {"etude": ours.about},
+        "runs": answers,
+    }
+
+
 @cache
 def make_checkpoint(device: str) -> tuple[Path, Qwen2Config]:
     """The model and a tokenizer (of fewer tokens: nothing is read), if there is something to run them on."""
@@ -113,7 +144,7 @@ def make_checkpoint(device: str) -> tuple[Path, Qwen2Config]:
     return folder, config
 
 
-ROWS: dict[str, Row] = {"gpu_generate": gpu_generate, "gpu_bandwidth": gpu_bandwidth}
+ROWS: dict[str, Row] = {"gpu_generate": gpu_generate, "gpu_bandwidth": gpu_bandwidth, "gpu_mfu": gpu_mfu}
 
 if __name__ == "__main__":
     common.main("python -m benchmarks.gpu", __doc__, ROWS)
