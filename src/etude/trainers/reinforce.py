@@ -10,6 +10,8 @@ A batch is good for one step: there is no ratio, so nothing would say that the p
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,18 +20,19 @@ from etude.math.losses import aggregate, reinforce_loss
 from etude.trainers.credit import deviation
 from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.group import GroupTrainer, Scores
-from etude.trainers.group_config import ReinforceConfig
+from etude.trainers.group_config import GroupConfig, ReinforceConfig, RLOOConfig
 
 
 class ReinforceTrainer(GroupTrainer):
     """REINFORCE. The arguments are those of `GroupTrainer`."""
 
     method = "reinforce"
-    config_class = ReinforceConfig
+    config_class: ClassVar[type[GroupConfig]] = ReinforceConfig
     kl_kind = "k1"
-    config: ReinforceConfig
+    config: ReinforceConfig | RLOOConfig
 
     def penalised(self, scores_B: Tensor, experience: Experience) -> Tensor:
+        """R(x, y) = score − β log(π(y|x) / π_ref(y|x)) (Ahmadian et al. 2024, eq. 3)."""
         return scores_B - self.config.beta * (experience.kl * experience.mask).sum(1)
 
     def credit(self, scores: Scores) -> Tensor:

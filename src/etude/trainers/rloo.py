@@ -15,33 +15,22 @@ from torch import Tensor
 
 from etude.math.group import leave_one_out_advantages
 from etude.math.losses import aggregate, sequence_policy_loss
-from etude.trainers.credit import deviation
-from etude.trainers.experience import Experience, Minibatch
-from etude.trainers.group import GroupTrainer, Scores
+from etude.trainers.experience import Minibatch
+from etude.trainers.group import Scores
 from etude.trainers.group_config import RLOOConfig
+from etude.trainers.reinforce import ReinforceTrainer
 
 
-class RLOOTrainer(GroupTrainer):
+class RLOOTrainer(ReinforceTrainer):
     """RLOO. The arguments are those of `GroupTrainer`."""
 
     method = "rloo"
     config_class = RLOOConfig
-    kl_kind = "k1"
     config: RLOOConfig
-
-    def penalised(self, scores_B: Tensor, experience: Experience) -> Tensor:
-        """R(x, y) = score − β log(π(y|x) / π_ref(y|x)) (Ahmadian et al. 2024, eq. 3)."""
-        return scores_B - self.config.beta * (experience.kl * experience.mask).sum(1)
 
     def credit(self, scores: Scores) -> Tensor:
         """Scores less the mean of the group's others."""
         return leave_one_out_advantages(scores.scores, scores.groups, scores.kept)
-
-    def spread(self, advantages_B: Tensor, experience: Experience) -> Tensor:
-        advantages_BN = super().spread(advantages_B, experience)
-        if self.config.normalize_advantages:
-            advantages_BN = advantages_BN / deviation(advantages_B, experience, self.accelerator)
-        return advantages_BN
 
     def loss(self, minibatch: Minibatch, advantages_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean over episodes of the clipped loss, with one ratio each."""
