@@ -1,8 +1,9 @@
 """Advantages without a critic: an episode's score against those of its group, or of its batch.
 
-Covered: one advantage per episode, for RLOO, GRPO, Dr. GRPO, GDPO (several rewards), REINFORCE with a
-batch baseline and REINFORCE++. Not covered: what a score is (a KL penalty in it, say), how an episode's
-advantage is spread over its tokens, statistics over several processes (gather first).
+Covered: one advantage per episode, for RLOO, GRPO, Dr. GRPO, GDPO (several rewards) and REINFORCE with a
+batch baseline; with rewards at steps, one per token (GRPO). Not covered: what a score is (a KL penalty in
+it, say), how an episode's advantage is spread over its tokens, statistics over several processes (gather
+first).
 
 Members that were dropped (our side failed, nothing was sampled) take part in no mean, no deviation and no
 count, and have advantage 0. A group whose kept scores are all equal says nothing about what to do better:
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from etude.errors import ConfigError, DataError
-from etude.math.masked import masked_var, masked_whiten, require_same_shape
+from etude.math.masked import masked_var, require_same_shape
 
 RewardScale = Literal["group", "batch", "none"]
 
@@ -125,17 +126,15 @@ def decoupled_advantages(
 
 
 @torch.no_grad()
-def batch_advantages(scores_B: Tensor, kept_B: Tensor | None = None, *, whiten: bool = False) -> Tensor:
-    """REINFORCE with the mean of the batch as its baseline: A_i = R_i − mean; whitened, REINFORCE++.
+def batch_advantages(scores_B: Tensor, kept_B: Tensor | None = None) -> Tensor:
+    """REINFORCE with the mean of the batch as its baseline: A_i = R_i − mean.
 
     Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement
-    learning", section 4. Hu 2025, "REINFORCE++: a simple and efficient approach for aligning large language
-    models", eq. 8, whitens over the global batch: (A − mean) / std.
+    learning", section 4.
 
     Args:
         scores_B: [B], floating point, finite where kept.
         kept_B: [B], bool, false for dropped members; None keeps all.
-        whiten: divide by the deviation, too.
 
     Returns:
         [B], 0 for dropped members and where all kept scores are equal.
@@ -150,8 +149,6 @@ def batch_advantages(scores_B: Tensor, kept_B: Tensor | None = None, *, whiten: 
     telling_B = _telling(scores_B, one_group_B, kept_B)
     if not telling_B.any():
         return torch.zeros_like(scores_B)
-    if whiten:
-        return masked_whiten(scores_B, kept_B)
     return torch.where(kept_B, scores_B - scores_B.sum() / kept_B.sum(), 0)
 
 
