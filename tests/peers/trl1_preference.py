@@ -25,7 +25,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl1_losses import MODEL, VOCABULARY, shortened
 
-REFERENCE = 0.8  # the reference's weights are the model's times this
+REFERENCE = 1.25  # the reference's weights are the model's times this
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 PROMPT, LENGTHS = 2, ([5, 3, 6, 2], [4, 6, 2, 3])  # tokens of the prompt, of chosen and of rejected answers
 LABELS = [True, True, False, True, False, False, True, False]
