@@ -3,8 +3,8 @@
 Runs in the peer's environment, by `make test-peers`; with the name of a file to write, by itself.
 
 TRL's own trainers are built around a tiny model. Their losses are evaluated twice. "losses": on given
-log-probabilities of tokens, which a model stands for that returns them, with the gradient by each. "whole": on a
-batch of token ids through the model itself, with the gradient of one of its weights and what is logged.
+log-probabilities of tokens, which a model stands for that returns them, with the gradient by each. "whole":
+on a batch of token ids through the model itself, with the gradient of one of its weights and what is logged.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 PROMPT, LENGTHS = 2, ([5, 3, 6, 2], [4, 6, 2, 3])  # tokens of the prompt, of chosen and of rejected answers
 LABELS = [True, True, False, True, False, False, True, False]
 
-# Settings of DPOConfig. The imitation term is a mean over the tokens of a batch in TRL, and over those of each
-# answer in ours: equal where the batch is one pair.
+# Settings of DPOConfig. The imitation term is a mean over the tokens of a batch in TRL, and over those of
+# each answer in ours: equal where the batch is one pair.
 LOSSES = {
     **{
         kind: {"loss_type": kind}
@@ -112,7 +112,8 @@ class Peer:
 
     Attributes:
         mask: [N, T] 1 where a token belongs to the answer.
-        now, ref, collisions, other, other_ref: [N, T − 1] of the tokens after the first; 0 outside of the answer.
+        now, ref, collisions, other, other_ref: [N, T − 1] of the tokens after the first; 0 outside of the
+            answer.
     """
 
     def __init__(self, folder: str) -> None:
@@ -244,7 +245,9 @@ class Peer:
         self, settings: dict[str, Any], model: Any, loss: Tensor, logged: dict[str, Any]
     ) -> dict[str, Any]:
         loss.backward()
-        kept = {name: value for name, value in logged.items() if name.startswith(("rewards/", "logps/", "kl"))}
+        kept = {
+            name: value for name, value in logged.items() if name.startswith(("rewards/", "logps/", "kl"))
+        }
         gradient = model.get_parameter(WEIGHT).grad
         return {
             "settings": settings,
