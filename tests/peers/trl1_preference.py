@@ -284,6 +284,7 @@ def values(folder: str) -> dict[str, Any]:
         "whole": {
             "dpo": peer.whole_pairs({}),
             "dpo, ipo and apo": peer.whole_pairs({"loss_type": ["ipo", "apo_zero"], "beta": 0.5}),
+            "dpo, wpo": peer.whole_pairs({"use_weighting": True}),
             "kto": peer.whole_rated({}),
             "orpo": peer.whole_free({"beta": 0.2}, orpo=True),
             "cpo": peer.whole_free({"cpo_alpha": 0.5}),

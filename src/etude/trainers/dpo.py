@@ -6,14 +6,14 @@ The policy learns to prefer as the data does, measured against a reference: `mat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from etude.math import preference
-from etude.math.likelihood import imitation_loss, sequence_sums, verbosity_weights
+from etude.math.likelihood import imitation_loss, policy_weights, sequence_sums, verbosity_weights
 from etude.trainers.data_trainer import Model
 from etude.trainers.dpo_config import DPOConfig
 from etude.trainers.preference import Comparison, Pairs, PreferenceTrainer
@@ -63,6 +63,18 @@ class DPOTrainer(ReferenceTrainer, PreferenceTrainer):
             others = [*counts[pairs:], *counts[:pairs]]
             values_M = values_M * verbosity_weights(counts, others, self.args.ld_alpha).to(values_M)
         return sequence_sums(values_M, counts)
+
+    @property
+    def other_temperatures(self) -> tuple[float, ...]:
+        return (0.5,) if self.args.use_weighting else ()
+
+    def weights(self, logprobs_M: Tensor, others: Sequence[Tensor], counts: list[int]) -> Tensor | None:
+        if not self.args.use_weighting:
+            return None
+        # At temperature ½, log π_½ = 2 log π − log Σ π²: that gives the sum without a look at the vocabulary.
+        collisions_M = 2 * logprobs_M - others[0]
+        chosen, rejected = policy_weights(logprobs_M, collisions_M, counts).chunk(2)
+        return chosen * rejected
 
     def compare(self, pairs: Pairs) -> Comparison:
         chosen, rejected = pairs.chosen - pairs.ref_chosen, pairs.rejected - pairs.ref_rejected

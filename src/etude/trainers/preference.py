@@ -105,7 +105,7 @@ class PreferenceTrainer(DataTrainer):
 
     def losses(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Sums]:
         reference_N = self.reference_logprobs(model, batch)
-        scores = self.scorer(model, batch)
+        scores, *others = self.scorer.at_temperatures(model, batch, self.other_temperatures)
         counts = list(batch["counts"])
         pairs = len(counts) // 2
         chosen, rejected = self.of_answers(scores.logprobs, counts).chunk(2)
@@ -121,7 +121,7 @@ class PreferenceTrainer(DataTrainer):
                 rejected_lengths,
                 ref_chosen,
                 ref_rejected,
-                self.weights(scores, counts),
+                self.weights(scores.logprobs, [other.logprobs for other in others], counts),
             )
         )
         first = sum(counts[:pairs])
@@ -154,8 +154,13 @@ class PreferenceTrainer(DataTrainer):
         """Log-probabilities of tokens [M] → of answers [2B]."""
         return sequence_sums(values_M, counts)
 
-    def weights(self, scores: Any, counts: list[int]) -> Tensor | None:
-        """Of the pairs' losses [B]; None where all weigh the same."""
+    @property
+    def other_temperatures(self) -> tuple[float, ...]:
+        """Temperatures besides 1 at which `weights` needs log-probabilities."""
+        return ()
+
+    def weights(self, logprobs_M: Tensor, others: Sequence[Tensor], counts: list[int]) -> Tensor | None:
+        """Of the pairs' losses [B], from log-probabilities of tokens; None where all weigh the same."""
         return None
 
 
