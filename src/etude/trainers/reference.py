@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -188,16 +189,16 @@ def add_columns(
 ) -> Dataset:
     """The dataset with columns that a model computes from its rows, each process from its share.
 
-    A dataset on disk keeps what was computed, for the same rows, model and settings.
+    What was computed is kept in the datasets library's cache, and found again for the same rows, model and
+    settings.
 
     Args:
         score: a few rows → the columns' values for them.
         batch_size: how many rows.
         known: what the values depend on besides the rows.
     """
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    mine = dataset.shard(processes, rank, contiguous=True)
-    names = dataset.column_names
+    mine = dataset.shard(accelerator.num_processes, accelerator.process_index, contiguous=True)
+    fingerprint = Hasher.hash([mine._fingerprint, batch_size, *known])
 
     def of_columns(columns: Mapping[str, list[Any]]) -> dict[str, list[float]]:
         return score([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
@@ -206,13 +207,21 @@ def add_columns(
         of_columns,
         batched=True,
         batch_size=batch_size,
-        remove_columns=names,
-        new_fingerprint=Hasher.hash([mine._fingerprint, batch_size, *known]),
+        remove_columns=dataset.column_names,
+        new_fingerprint=fingerprint,
+        cache_file_name=_cache_file(fingerprint),
         desc="Scoring by the reference",
     )
     for name in scored.column_names:
         dataset = dataset.add_column(name, gather_object(list(scored[name])))
     return dataset
+
+
+def _cache_file(fingerprint: str) -> str:
+    """Beside what the datasets library keeps: rows from memory have no place of their own there."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "reference-logprobs")
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{fingerprint}.arrow")
 
 
 def digest_of(model: nn.Module) -> str:
