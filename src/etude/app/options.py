@@ -64,18 +64,35 @@ def _without_critic(by: str, config: str) -> Command:
     )
 
 
+# What a command that learns from data is made of, beside its trainer's settings.
+_LEARNING = {
+    "Model": "etude.app.arguments:ModelArguments",
+    "Data": "etude.app.arguments:DataArguments",
+    "Run": "etude.app.arguments:RunArguments",
+}
+
+
+def _learning(what: str, config: str, module: str) -> Command:
+    return Command(
+        what, {**_LEARNING, "Training": f"etude.trainers.{config}"}, module=module, required=("output_dir",)
+    )
+
+
+def _from_preferences(by: str, config: str) -> Command:
+    return _learning(f"Train a model on preferences, by {by}.", config, module="preference")
+
+
 COMMANDS = {
-    "sft": Command(
-        "Fine-tune a model on demonstrations.",
-        {
-            "Model": "etude.app.arguments:ModelArguments",
-            "Data": "etude.app.arguments:DataArguments",
-            "Run": "etude.app.arguments:RunArguments",
-            "Training": "etude.trainers.sft_config:SFTConfig",
-        },
-        module="sft",
-        required=("output_dir",),
+    "sft": _learning("Fine-tune a model on demonstrations.", "sft_config:SFTConfig", module="sft"),
+    "dpo": _from_preferences("direct preference optimisation or a variant", "dpo_config:DPOConfig"),
+    "kto": _learning(
+        "Train a model on answers that are good or bad, by KTO.", "kto_config:KTOConfig", module="preference"
     ),
+    "orpo": _from_preferences("odds ratios, without a reference", "preference_config:ORPOConfig"),
+    "simpo": _from_preferences(
+        "likelihoods per token and a margin, without a reference", "preference_config:SimPOConfig"
+    ),
+    "cpo": _from_preferences("contrast and imitation, without a reference", "preference_config:CPOConfig"),
     "ppo": Command(
         "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
         {
