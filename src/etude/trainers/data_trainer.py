@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -225,7 +226,21 @@ class DataTrainer(Trainer):
         output = super().evaluation_loop(*args, **options)
         if output.metrics is not None:
             output.metrics.update({f"{prefix}_{k}": v for k, v in self._means("eval").items()})
+        self._unprepare()
         return output
+
+    def _unprepare(self) -> None:
+        """After an evaluation before training, let the model be prepared again.
+
+        accelerate takes a model that it has prepared for evaluation for one that is ready to train: several
+        processes would never average their gradients.
+        """
+        kinds = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        model: Any = self.model
+        if self.model_wrapped is model and self.accelerator.distributed_type in kinds:
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            self.accelerator._models.clear()
+            model._is_accelerate_prepared = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with a training loss the means of the metrics since the last one."""
