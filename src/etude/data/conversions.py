@@ -84,9 +84,9 @@ def split_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     """A preference with its prompt in a column of its own.
 
     An implicit prompt is what `chosen` and `rejected` begin with: whole messages, or text up to the beginning
-    of the word in which they part. The space before that word goes to the answers, as tokenizers have it; each
-    answer keeps at least something. Where answers are conversations and the prompt is a string, which repeats
-    the user's message, the conversations count.
+    of the word in which they part. The space before that word goes to the answers, as tokenizers have it, and
+    each answer keeps at least something. Where answers are conversations and the prompt is a string, which
+    repeats the user's message, the conversations count.
 
     Raises:
         DataError: the answers are not two strings or two lists of messages, or have no common beginning.
@@ -106,8 +106,8 @@ def split_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
         return dict(row)
     if prompt is not None and not (conversations and isinstance(prompt, str)):
         raise DataError(
-            f"prompt is a {kinds['prompt']} and the answers are {kinds['chosen']}s; expected strings everywhere "
-            "or lists of messages everywhere"
+            f"prompt is a {kinds['prompt']} and the answers are {kinds['chosen']}s; expected strings in all "
+            "of them, or lists of messages"
         )
     end = _common(chosen, rejected) if conversations else _common_words(chosen, rejected)
     if end == 0:
