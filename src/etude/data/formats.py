@@ -213,7 +213,9 @@ def _conversations(
     else:
         rows = [whole_conversation(tokenizer, messages, tools, target_from=start, template_kwargs=kwargs)]
     for segments in rows if append_eos and messages[-1]["role"] == "assistant" else ():
-        if not segments[-1].text.rstrip().endswith(tuple(control_tokens(tokenizer).values())):
+        if segments[-1].target and not segments[-1].text.rstrip().endswith(
+            tuple(control_tokens(tokenizer).values())
+        ):
             segments.append(_end(tokenizer))
     return [Episode(task=dict(row), segments=segments) for segments in rows]
 

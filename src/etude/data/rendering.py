@@ -245,9 +245,9 @@ class Rendering:
     def _as_asked(self, asked: str, text: str, position: int) -> str:
         """What the model was shown when it was asked, with the message as it is rendered in `text`.
 
-        Once it is answered, a template may show the last message otherwise than when it asked for the answer
-        (Hermes' writes one more newline after a tool's), or an earlier one (gpt-oss' drops the thoughts before
-        a tool call).
+        Once it is answered, a template may show the last message otherwise than when it asked for the
+        answer (Hermes' writes one more newline after a tool's), or an earlier one (gpt-oss' drops the thoughts
+        before a tool call).
         """
         unasked, before = self.text(position), self.text(position - 1) if position > 1 else ""
         header = asked[len(unasked) :] if asked.startswith(unasked) else ""
@@ -271,7 +271,7 @@ class Rendering:
         if any(_SPACE.sub("", name) not in shown for name in calls):
             raise TemplateError(
                 f"{_describe(self.tokenizer)} doesn't show the tool calls of message {position}; it renders "
-                f"{turn.text[start : start + 60]!r}. Use a template with tool calls, or write them into contents"
+                f"{turn.text[start : start + 60]!r}. Use a template that does, or write them into contents"
             )
         for name in ("content", *_REASONING):
             value = message.get(name)
