@@ -222,7 +222,9 @@ def _conversations(
 
 def _template_options(row: Mapping[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:
     """What goes to the template with the messages: tools, and keyword arguments."""
-    return _from_json(row, "tools", list) or None, _from_json(row, "chat_template_kwargs", dict) or {}
+    kwargs = _from_json(row, "chat_template_kwargs", dict) or {}
+    given = {name: value for name, value in kwargs.items() if value is not None}  # tables fill up keys
+    return _from_json(row, "tools", list) or None, given
 
 
 def _from_json(row: Mapping[str, Any], name: str, kind: type) -> Any:

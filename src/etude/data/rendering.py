@@ -246,7 +246,7 @@ class Rendering:
         """What the model was shown when it was asked, with the message as it is rendered in `text`.
 
         Once it is answered, a template may show the last message otherwise than when it asked for the
-        answer (Hermes' writes one more newline after a tool's), or an earlier one (gpt-oss' drops the thoughts
+        answer (Hermes' has one more newline after a tool's), or an earlier one (gpt-oss' drops the thoughts
         before a tool call).
         """
         unasked, before = self.text(position), self.text(position - 1) if position > 1 else ""
