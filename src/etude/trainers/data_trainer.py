@@ -341,12 +341,12 @@ class DataTrainer(Trainer):
 
 def map_rows(
     dataset: Dataset,
-    convert: Callable[..., dict[str, Any]],
+    convert: Callable[..., dict[str, Any] | list[dict[str, Any]]],
     config: DataConfig,
     what: str = "have nothing to learn",
     **options: Any,
 ) -> Dataset:
-    """A dataset of what `convert(row, **options)` makes of each row.
+    """A dataset of what `convert(row, **options)` makes of each row: another row, or several.
 
     Its entries "cut" (the row lost tokens to max_length) and "learned" (something is left to learn) are
     counted in warnings; rows without anything are left out.
@@ -358,6 +358,8 @@ def map_rows(
         converted = dataset.map(
             _numbered,
             with_indices=True,
+            batched=True,
+            batch_size=100,
             fn_kwargs={"convert": convert, **options},
             remove_columns=dataset.column_names,
             num_proc=config.dataset_num_proc,
@@ -379,11 +381,17 @@ def map_rows(
     return converted.remove_columns(["cut", "learned"])
 
 
-def _numbered(row: Mapping[str, Any], index: int, convert: Callable[..., Any], **options: Any) -> Any:
-    try:
-        return convert(row, **options)
-    except DataError as error:
-        raise type(error)(f"row {index}: {error}") from error
+def _numbered(
+    batch: Mapping[str, list[Any]], indices: Sequence[int], convert: Callable[..., Any], **options: Any
+) -> dict[str, list[Any]]:
+    rows: list[dict[str, Any]] = []
+    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        try:
+            converted = convert(dict(zip(batch, values, strict=True)), **options)
+        except DataError as error:
+            raise type(error)(f"row {index}: {error}") from error
+        rows += converted if isinstance(converted, list) else [converted]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _items(batch: Mapping[str, Any]) -> int:
