@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from etude.app.arguments import DataArguments, ModelArguments, RunArguments
 from etude.errors import CheckpointError, ConfigError
-from etude.models.loading import load_causal_lm, load_tokenizer
+from etude.models.loading import load_language_model, load_tokenizer
 from etude.trainers.sft import SFTTrainer
 from etude.trainers.sft_config import SFTConfig
 
@@ -29,7 +29,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
 
     set_seed(config.seed)  # an adapter starts at random
     tokenizer = load_tokenizer(**model_arguments.tokenizer_place)
-    model = load_causal_lm(
+    model = load_language_model(
         model_arguments.model_name_or_path,
         peft_config=model_arguments.peft_config(),
         **model_arguments.loading,
