@@ -71,10 +71,9 @@ def scored_ids(
 
 
 def answered_ids(episode: Episode) -> list[int]:
-    """The episode's tokens up to the end of what is to be learned from it."""
-    target = episode.target
-    last = next((i for i in range(len(target), 0, -1) if target[i - 1]), 0)
-    return episode.token_ids[:last]
+    """The episode's tokens up to the end of the model's last words; all of them, where it said nothing."""
+    ends = [end for _, end, segment in episode.spans() if segment.source == "model" or segment.target]
+    return episode.token_ids[: ends[-1] if ends else None]
 
 
 def length_limit(tokenizer: PreTrainedTokenizerBase, config: Any, max_length: int | None) -> int | None:
