@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import signal
 from typing import Any
 
 import pytest
@@ -23,10 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
     TrainingArguments,
 )
 
-from etude.errors import ConfigError, DataError, ModelError
+from etude.errors import CheckpointError, ConfigError, DataError, ModelError
+from etude.runtime.run import RunDirectory
 from etude.trainers.sft import SFTTrainer, smoothed_loss, tokenize_rows
 from etude.trainers.sft_config import SFTConfig
 
@@ -512,3 +515,62 @@ def test_settings_that_do_not_go_together(tmp_path):
         settings(tmp_path, loss_type="mse")
     with pytest.raises(ConfigError, match="label_smoothing_factor belongs to the loss nll"):
         settings(tmp_path, loss_type="dft", label_smoothing_factor=0.1)
+
+
+def test_the_run_directory_tells_what_happened(tmp_path, tokenizer, capsys):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "max_steps": 4}
+    args = settings(tmp_path / "run", disable_tqdm=False, learning_rate=1e-2, **options)
+    parts = {"train_dataset": ROWS, "eval_dataset": ROWS[:2], "processing_class": tokenizer}
+    SFTTrainer(tiny_llama(), args, **parts).train()
+    run = RunDirectory(tmp_path / "run")
+    rows = run.read_metrics()
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    assert {"loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy"} <= rows[1].keys()
+    losses = [row["validation/loss"] for row in rows if "validation/loss" in row]
+    summary = run.read_summary()
+    assert (summary["before"]["loss"], summary["after"]["loss"]) == (losses[0], losses[-1])
+    assert summary["seconds"] > 0
+    assert run.read_config()["learning_rate"] == 1e-2
+    assert "sft run  4/4" in capsys.readouterr().out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Mean token accuracy" in page
+    SFTTrainer(tiny_llama(), args, **parts).train()  # over the old one, whose rows are gone
+    assert len(run.read_metrics()) == len(rows)
+    (tmp_path / "run" / "episodes.jsonl").touch()
+    with pytest.raises(CheckpointError, match="holds a run that played episodes"):
+        SFTTrainer(tiny_llama(), args, **parts).train()
+
+
+def test_early_stopping_goes_back_to_the_best(tmp_path, tokenizer):
+    """At such a rate the loss goes up and down, and stays above its best for two evaluations at some point."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = settings(tmp_path, early_stopping_patience=2, learning_rate=1.0, max_steps=20, **options)
+    model = tiny_llama()
+    trainer = SFTTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS, processing_class=tokenizer)
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert losses.index(min(losses)) == len(losses) - 3
+    assert trainer.state.global_step == len(losses) < 20
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+    with pytest.raises(ConfigError, match="early_stopping_patience counts evaluations"):
+        settings(tmp_path, early_stopping_patience=2)
+
+
+def test_an_interrupt_waits_for_a_checkpoint(tmp_path, tokenizer):
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    args = settings(tmp_path, max_steps=6)
+    parts = {"train_dataset": ROWS, "processing_class": tokenizer}
+    with pytest.raises(KeyboardInterrupt):
+        SFTTrainer(tiny_llama(), args, callbacks=[Interrupt()], **parts).train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
+    resumed = SFTTrainer(tiny_llama(), args, **parts)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [row["step"] for row in RunDirectory(tmp_path).read_metrics()] == [1, 2, 3, 4, 5, 6]
+    unbroken = SFTTrainer(tiny_llama(), settings(tmp_path / "other", max_steps=6), **parts)
+    unbroken.train()
+    for name, weight in unbroken.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], weight)

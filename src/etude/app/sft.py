@@ -5,7 +5,6 @@ The script behind the command: copy it and change what you like.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from transformers import set_seed
@@ -22,8 +21,6 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
     """Train, and leave the model in `config.output_dir`."""
     if data.eval_dataset is not None and config.eval_strategy == "no" and not config.eval_on_start:
         raise ConfigError("eval_dataset does nothing while eval_strategy is no; set it to epoch or steps")
-    if not sys.stderr.isatty():
-        config.disable_tqdm = True  # a bar redraws itself, a log can't
     checkpoint = _checkpoint(start.resume_from_checkpoint, str(config.output_dir))
     train, validation = data.rows("train"), data.rows("eval")  # before the model: mistakes show at once
 
@@ -44,7 +41,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        print(f"model: {config.output_dir}")
+        print(f"model: {config.output_dir}\nreport: {Path(str(config.output_dir), 'report.html')}")
 
 
 def _checkpoint(resume: bool | str | None, output_dir: str) -> str | None:
