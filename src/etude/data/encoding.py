@@ -120,7 +120,7 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer's own call puts after a text: nothing, or what encoders want there (BERT's [SEP])."""
+    """What the tokenizer's own call puts after a text: nothing, or what encoders want there ([SEP])."""
     return list(_frame(tokenizer)[1])
 
 

@@ -24,15 +24,15 @@ from etude.types import Episode
 class ModelReward:
     """What a reward model gives for an episode: prompt, model, tools and all.
 
-    The model is what `RewardTrainer` saves, whole, merged or as a LoRA adapter, or any other sequence classifier
-    with one label. Its weights are its own; it is put in eval mode.
+    The model is what `RewardTrainer` saves, whole, merged or as a LoRA adapter, or any other sequence
+    classifier with one label. Its weights are its own; it is put in eval mode.
 
     Args:
         model_or_path: the model, or its directory or hub id.
         tokenizer: of the model; loaded with it if a path was given.
         read: "tokens", the episode's own tokens, where the policy's tokenizer is the reward model's; "text",
-            the episode's text in the reward model's tokens; "messages", the prompt as a user's message (or the
-            task's own messages) and what the model wrote as the assistant's, in the reward model's chat
+            the episode's text in the reward model's tokens; "messages", the prompt as a user's message (or
+            the task's own messages) and what the model wrote as the assistant's, in the reward model's chat
             template. None finds out: tokens where they mean the same to both, else messages if there is a
             template, else text.
         append_eos: an episode that doesn't end with a special token is read with the end-of-sequence token

@@ -41,14 +41,14 @@ _REDUCE: dict[Reduce, Callable[[list[float]], float]] = {
 class ProcessReward:
     """The probability that a step is right, after its last token, for the steps of an episode.
 
-    The model is what `PRMTrainer` saves, or any other token classifier whose two labels are wrong and right. A step
-    ends with `step_separator`, or with its turn.
+    The model is what `PRMTrainer` saves, or any other token classifier whose two labels are wrong and right.
+    A step ends with `step_separator`, or with its turn.
 
     Args:
         model_or_path: the model, or its directory or hub id.
         tokenizer: of the model; loaded with it if a path was given.
-        level: "token", a score at the last token of each step, for which the policy's tokens must be the reward
-            model's; "turn", that of the turn's last step; "episode", what `reduce` makes of all of them.
+        level: "token", a score at the last token of each step, for which the policy's tokens must be the
+            reward model's; "turn", that of the turn's last step; "episode", what `reduce` makes of all.
         reduce: "product", the probability that every step is right (Lightman et al. 2023, section 2.6; the
             default), "min" (Wang et al. 2024), "mean", or "last". For the level "episode" only.
         step_separator: as in training.
@@ -81,11 +81,11 @@ class ProcessReward:
         self.weight = check_weight(weight, name)
         self.level = check_level(level, name)
         if reduce is not None and level != "episode":
-            raise ConfigError(f"reduce does nothing at the level {level!r}; leave it out, or set level='episode'")
+            raise ConfigError(f"reduce does nothing at level {level!r}; leave it out, or set level='episode'")
         if reduce is not None and reduce not in _REDUCE:
             raise ConfigError(f"reduce is {reduce!r}; expected one of {', '.join(get_args(Reduce))}")
         if not step_separator:
-            raise ConfigError("step_separator is empty; expected a text that ends steps, such as a line break")
+            raise ConfigError("step_separator is empty; expected what ends a step, such as a line break")
         self.reduce = _REDUCE[reduce or "product"]
         self.step_separator = step_separator
         self.reader = EpisodeReader(

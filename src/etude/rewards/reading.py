@@ -1,8 +1,8 @@
 """How a reward model reads episodes: by their own tokens, or by their text in its own words.
 
-Where the policy's tokens mean the same to the reward model, episodes are scored as they were played: nothing is
-decoded and encoded again. Elsewhere their text is encoded, in the way of the rows that reward models are trained
-on. Not covered: reward models that lie on the policy's own weights (`adapter`), classifiers of texts
+Where the policy's tokens mean the same to the reward model, episodes are scored as they were played: nothing
+is decoded and encoded again. Elsewhere their text is encoded, in the way of the rows that reward models are
+trained on. Not covered: reward models that lie on the policy's own weights (`adapter`), classifiers of texts
 (`classifier`).
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from etude.data.encoding import decode
 from etude.data.families import into_passes
 from etude.data.formats import to_episode
 from etude.data.scored import length_limit, pack_scored
@@ -107,8 +108,7 @@ class EpisodeReader:
     def _means_the_same(self, token_ids: Sequence[int], text: str) -> bool:
         if max(token_ids) >= len(self.tokenizer):
             return False
-        said = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
-        return self._bare(said) == self._bare(text)
+        return self._bare(decode(self.tokenizer, token_ids)) == self._bare(text)
 
     def _bare(self, text: str) -> str:
         """Without special tokens, which a turn's text leaves out at its end, and without white space."""
@@ -118,13 +118,13 @@ class EpisodeReader:
 
     def check_tokens(self, episodes: Sequence[Episode], name: str) -> None:
         """Raise `RewardError` for tokens that the model doesn't embed."""
-        known = self.scores.model.get_input_embeddings().num_embeddings
+        known: Any = self.scores.model.get_input_embeddings().num_embeddings
         for index, episode in enumerate(episodes):
             if max(episode.token_ids, default=0) >= known:
                 raise RewardError(
                     f"reward {name!r} reads tokens, and episode {index} has one that its model doesn't know "
-                    f"({max(episode.token_ids)}, of {known}); the policy has another tokenizer: use read='text' "
-                    "or 'messages'"
+                    f"({max(episode.token_ids)}, of {known}); the policy has another tokenizer: use "
+                    "read='text' or 'messages'"
                 )
 
     def encoded(self, episode: Episode, read: Reading) -> Episode:

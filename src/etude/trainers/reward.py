@@ -1,8 +1,8 @@
 """Reward models: scores that say which of two answers people prefer.
 
 The loss is Bradley–Terry's (`math.reward_model`), a mean over the pairs of the whole optimizer step. Decoders
-compute what both answers of a pair begin with once, and nothing is padded; encoders are padded on the right. The
-score of an answer is that of its last token, whatever the padding token (`models.score_reader`).
+compute what both answers of a pair begin with once, and nothing is padded; encoders are padded on the right.
+The score of an answer is that of its last token, whatever the padding token (`models.score_reader`).
 
 Not covered: rankings of more than two answers, models that score steps (`prm`).
 """
@@ -40,8 +40,8 @@ class ScoreTrainer(DataTrainer):
 
     Args:
         model: a classifier of transformers' with as many labels as scores; a causal language model or an
-            encoder, which gets a fresh head; a value-head model or a `ValueModel`, whose head becomes the score
-            head. Or the name or path of one of them, or of a LoRA adapter.
+            encoder, which gets a fresh head; a value-head model or a `ValueModel`, whose head becomes the
+            score head. Or the name or path of one of them, or of a LoRA adapter.
     """
 
     kind: Kind
@@ -73,8 +73,8 @@ class RewardTrainer(ScoreTrainer):
     """Train a reward model on preferences: rows of `[prompt,] chosen, rejected [, margin]`.
 
     The other arguments are those of `DataTrainer`. Metrics, over pairs: `accuracy` (the chosen answer scores
-    higher), `margin` (by how much), `mean_reward` of all answers; of the probability that the model gives each
-    preference, the `brier` score and the expected `calibration_error`.
+    higher), `margin` (by how much), `mean_reward` of all answers; of the probability that the model gives
+    each preference, the `brier` score and the expected `calibration_error`.
     """
 
     method = "reward"

@@ -17,8 +17,8 @@ class RewardConfig(DataConfig):
             limit holds in any case.
         append_eos: end answers that are texts with the end-of-sequence token, after which the score is read.
         disable_dropout: True unless given: noise in a score moves its distance to another one's.
-        center_rewards_coefficient: of a penalty that keeps scores around zero (Eisenstein et al. 2023, eq. 2);
-            0.01 is usual. None is none.
+        center_rewards_coefficient: of a penalty that keeps scores around zero (Eisenstein et al. 2023,
+            eq. 2); 0.01 is usual. None is none.
     """
 
     disable_dropout: bool = True
