@@ -101,9 +101,7 @@ def with_score_head(model: nn.Module, kind: Kind) -> PreTrainedModel | PeftModel
     weight = None
     if isinstance(model, AutoModelForCausalLMWithValueHead | ValueModel):
         weight = model.v_head.summary.weight.detach() if kind == "sequence" else None
-        model = (
-            model.pretrained_model if isinstance(model, AutoModelForCausalLMWithValueHead) else model.model
-        )
+        model = model.model if isinstance(model, ValueModel) else model.pretrained_model
     if isinstance(model, PeftModel):
         raise ModelError(
             "the model carries adapters of a language model; merge them first: "
