@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -17,7 +18,10 @@ from etude.app.references import load_object
 from etude.environments.text import TextEnvironment
 from etude.models.loading import load_tokenizer
 from etude.models.reward_adapter import RewardAdapter
+from etude.models.reward_model import kind_in
 from etude.rewards.adapter import AdapterReward
+from etude.rewards.model import ModelReward
+from etude.rewards.process import ProcessReward
 from etude.trainers.policy import PolicyTrainer
 
 
@@ -52,6 +56,7 @@ def train_by_playing(
     )
     if episodes.reward_adapter is not None:
         rewards.append(AdapterReward(RewardAdapter.load(model, episodes.reward_adapter)))
+    rewards += [_reward_of(place) for place in episodes.reward_models]
     environment = TextEnvironment(
         model,
         tokenizer,
@@ -80,3 +85,10 @@ def train_by_playing(
         if summary.before is not None and summary.after is not None:
             print(f"success on held-out tasks: {summary.before:.1%} before, {summary.after:.1%} after")
         print(f"report: {summary.report}")
+
+
+def _reward_of(place: str) -> ModelReward | ProcessReward:
+    name = Path(place).name
+    if kind_in(place) == "token":
+        return ProcessReward(place, name=name)
+    return ModelReward(place, name=name)
