@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -119,7 +119,9 @@ class ChunkedHead:
             yield states
 
     @contextmanager
-    def scoring(self, wanted: Tensor | None, targets_M: Tensor) -> Iterator[list[TokenScores]]:
+    def scoring(
+        self, wanted: Tensor | None, targets_M: Tensor, temperatures: Sequence[float] = ()
+    ) -> Iterator[list[TokenScores]]:
         """Inside, the model's forward gives logits of no position and leaves the scores of `targets_M` here.
 
         They are computed within that forward, where all that wraps the model (sharded weights, autocast)
@@ -127,6 +129,7 @@ class ChunkedHead:
 
         Args:
             wanted: flat positions of the states of the targets; None if no others enter the layer.
+            temperatures: besides 1, to score at without gradient; these scores come after.
         """
         scores: list[TokenScores] = []
         layer = self.layer
@@ -139,6 +142,10 @@ class ChunkedHead:
             if wanted is not None:
                 states_MD = states_MD[wanted]
             scores.append(self._score(layer, call, is_plain, states_MD, targets_M, (1.0, False)))
+            with torch.no_grad():
+                for temperature in temperatures:
+                    how = (temperature, False)
+                    scores.append(self._score(layer, call, is_plain, states_MD.detach(), targets_M, how))
             return whole[..., :0, :], *others
 
         def connect(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ episodes that a policy sampled, with temperatures and values (`forward`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -60,13 +60,22 @@ class TokenScorer:
             batch: as `data.collate.pack` makes it, on the model's device.
             noise: NEFTune's α.
         """
+        return self.at_temperatures(model, batch, (), noise)[0]
+
+    def at_temperatures(
+        self, model: nn.Module, batch: Batch, others: Sequence[float], noise: float = 0.0
+    ) -> list[TokenScores]:
+        """The same, and after it the scores at other temperatures, without gradient, of the same forward."""
         targets = batch["targets"]
         if self.head is None:
-            return token_scores(self.logits(model, batch, noise), targets, temperature=1.0)
+            logits = self.logits(model, batch, noise)
+            with torch.no_grad():
+                more = [token_scores(logits.detach(), targets, temperature) for temperature in others]
+            return [token_scores(logits, targets, temperature=1.0), *more]
         inputs, states = self._inputs(batch)
-        with self._noisy(batch, noise), self.head.scoring(states, targets) as scores:
+        with self._noisy(batch, noise), self.head.scoring(states, targets, others) as scores:
             model(**inputs)
-        return scores[0]
+        return scores
 
     def logits(self, model: nn.Module, batch: Batch, noise: float = 0.0) -> Tensor:
         """Logits [M, V] of the distributions that the batch's targets are drawn from."""
