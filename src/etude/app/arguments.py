@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ModelArguments:
-    """The model and its tokenizer."""
+class FixedModelArguments:
+    """A model that stays as it is, and its tokenizer."""
 
     model_name_or_path: str = field(metadata={"help": "directory or hub id of the model"})
     tokenizer_name: str | None = field(
@@ -37,6 +37,35 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention, as transformers names it: sdpa, eager, …"}
     )
+
+    @property
+    def tokenizer_place(self) -> dict[str, Any]:
+        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
+        return {
+            "name_or_path": self.tokenizer_name or self.model_name_or_path,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision if self.tokenizer_name is None else None,
+        }
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
+        return {
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+        }
+
+    def peft_config(self) -> LoraConfig | None:
+        """The fresh adapter that is asked for, if one is."""
+        return None
+
+
+@dataclass
+class ModelArguments(FixedModelArguments):
+    """A model to train, and its tokenizer."""
+
     use_peft: bool = field(
         default=False, metadata={"help": "train a LoRA adapter and leave the model's own weights as they are"}
     )
@@ -62,27 +91,8 @@ class ModelArguments:
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
 
-    @property
-    def tokenizer_place(self) -> dict[str, Any]:
-        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
-        return {
-            "name_or_path": self.tokenizer_name or self.model_name_or_path,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision if self.tokenizer_name is None else None,
-        }
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
-        return {
-            "dtype": self.dtype,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision,
-            "attn_implementation": self.attn_implementation,
-        }
-
     def peft_config(self) -> LoraConfig | None:
-        """The adapter that is asked for, if one is."""
+        """The fresh adapter that is asked for, if one is."""
         from etude.models.loading import lora_config  # loads torch
 
         if not self.use_peft:
@@ -231,3 +241,47 @@ class RunArguments:
         default=None,
         metadata={"help": "go on from the newest checkpoint in output_dir (true), or from the one at a path"},
     )
+
+
+@dataclass
+class SampleArguments:
+    """What is sampled, and what of it becomes a dataset."""
+
+    dataset: str = field(metadata={"help": "file, folder or hub id of the tasks"})
+    output_dir: str = field(metadata={"help": "directory for episodes, dataset and report"})
+    dataset_split: str | None = field(default=None, metadata={"help": "split of dataset, if it has several"})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration of a hub data set, such as gsm8k's main"}
+    )
+    num_samples: int = field(default=4, metadata={"help": "episodes per task"})
+    format: Literal["segments", "prompt-completion", "preference", "unpaired-preference"] = field(
+        default="segments",
+        metadata={
+            "help": "of the rows: episodes as they were played, tools and all; prompt and completion; the "
+            "best and the worst of each task as chosen and rejected; or each with a label, whether it is good"
+        },
+    )
+    keep: int | None = field(
+        default=1, metadata={"help": "best episodes of a task that become rows; none: all"}
+    )
+    min_reward: float | None = field(
+        default=None, metadata={"help": "episodes with less are not kept, or labelled false"}
+    )
+    min_margin: float = field(
+        default=0.0,
+        metadata={"help": "a chosen episode's reward exceeds the rejected one's by more than this"},
+    )
+    seed: int = field(default=0, metadata={"help": "of the episodes"})
+    resume: bool = field(
+        default=False,
+        metadata={"help": "go on with the episodes in output_dir, which the same model has played"},
+    )
+    slots: int = field(default=32, metadata={"help": "episodes decoded at once"})
+    cache_bytes: str | None = field(
+        default=None,
+        metadata={"help": "memory for keys and values, such as 2GiB; half of what is free by default"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise ConfigError(f"slots is {self.slots}; expected at least 1")

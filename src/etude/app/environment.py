@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from etude.app.arguments import EnvironmentArguments, ModelArguments
+from etude.app.arguments import EnvironmentArguments, FixedModelArguments
 from etude.app.references import load_object
 from etude.environments.text import TextEnvironment
 from etude.models.loading import load_tokenizer
@@ -17,9 +17,10 @@ from etude.rewards.adapter import AdapterReward
 
 def build_environment(
     load_model: Callable[..., Any],
-    model_arguments: ModelArguments,
+    model_arguments: FixedModelArguments,
     episodes: EnvironmentArguments,
     seed: int,
+    **options: Any,
 ) -> TextEnvironment:
     """The environment, around the model (its `model`) that it has loaded, and the `tokenizer`.
 
@@ -27,8 +28,9 @@ def build_environment(
     model is loaded.
 
     Args:
-        load_model: from a name and what `ModelArguments` say, such as `load_causal_lm`.
+        load_model: from a name and what the arguments say, such as `load_causal_lm`.
         seed: of what starts at random in the model (a value head, an adapter), and of the episodes.
+        options: what else `TextEnvironment` takes, such as `slots`.
     """
     tools = [load_object(reference, "etude.tools") for reference in episodes.tools]
     rewards = [load_object(reference, "etude.rewards") for reference in episodes.rewards]
@@ -57,4 +59,5 @@ def build_environment(
         max_length=episodes.max_length,
         tool_timeout=episodes.tool_timeout,
         generation_kwargs=episodes.generation,
+        **options,
     )

@@ -93,6 +93,15 @@ COMMANDS = {
     ),
     "reinforce_plus_plus": _without_critic("REINFORCE++", "ReinforcePlusPlusConfig"),
     "iterative_sft": _without_critic("imitating its best episodes", "IterativeSFTConfig"),
+    "sample": Command(
+        "Let a model play tasks several times each, and make a dataset of what is good.",
+        {
+            "Model": "etude.app.arguments:FixedModelArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Sampling": "etude.app.arguments:SampleArguments",
+        },
+        module="sample",
+    ),
 }
 
 # Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is
