@@ -111,8 +111,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
         (["ppp"], "unknown command 'ppp'; did you mean ppo?"),
         (
             ["--config", "run.yaml"],
-            "unknown command '--config'; expected one of sft, ppo, grpo, rloo, reinforce, "
-            "reinforce_plus_plus, iterative_sft",
+            f"unknown command '--config'; expected one of {', '.join(COMMANDS)}",
         ),
         (["ppo", "--learnin_rate", "1"], "unknown option --learnin_rate; did you mean --learning_rate?"),
     ],

@@ -99,5 +99,14 @@ def test_bad_scores_and_settings(make):
         make(lambda texts: [1.0]).generate([1, 2])
     with pytest.raises(RewardError, match="finite"):
         make(lambda texts: [float("nan")] * 4).generate([1, 2])
+
+    class Lazy:
+        name, weight = "lazy", 1.0
+
+        async def __call__(self, episodes):
+            return [0.0] * 4
+
+    with pytest.raises(RewardError, match="4 scores for 8 texts"):
+        make(Lazy()).generate([[1, 2], [3]])
     with pytest.raises(ConfigError, match="n_candidates is 5"):
         make(vowels, n_candidates=5)

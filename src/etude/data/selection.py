@@ -74,7 +74,8 @@ class Selection:
             case "preference":
                 return self._pairs(task, ranked[-1], good[0]) if good else []
             case "unpaired-preference":
-                return [{**_completion(e), "label": e in good, **_scores(task, e)} for e in ranked]
+                rated = enumerate(ranked)  # the good ones come first
+                return [{**_completion(e), "label": i < len(good), **_scores(task, e)} for i, e in rated]
             case "prompt-completion":
                 return [{**_completion(e), **_scores(task, e)} for e in good[: self.keep]]
             case "segments":

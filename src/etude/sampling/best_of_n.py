@@ -130,22 +130,24 @@ class BestOfNSampler:
         self, queries: Sequence[list[int]], turns: Sequence[Sampled], texts: Sequence[str]
     ) -> list[Tensor]:
         """For each query the scores [n] of its continuations."""
-        score = self.queries_to_scores
+        score, n = self.queries_to_scores, self.sample_size
+        given: list[Any]
         if isinstance(score, Reward):
-            episodes = [
-                _episode(self.tokenizer, queries[i // self.sample_size], turn) for i, turn in enumerate(turns)
-            ]
-            given = _groups([score.weight * _total(s) for s in run_sync(score(episodes))], self.sample_size)
+            episodes = [_episode(self.tokenizer, queries[i // n], turn) for i, turn in enumerate(turns)]
+            given = _groups([score.weight * _total(each) for each in run_sync(score(episodes))], n)
         else:
-            given = [score(list(texts_n)) for texts_n in _groups(texts, self.sample_size)]
+            given = [score(list(texts_n)) for texts_n in _groups(texts, n)]
         scores = [torch.as_tensor(scores_n, dtype=torch.float64).flatten() for scores_n in given]
         for scores_n in scores:
-            if len(scores_n) != self.sample_size or not scores_n.isfinite().all():
-                name = getattr(score, "name", "queries_to_scores")
+            if len(scores_n) != n or not scores_n.isfinite().all():
                 raise RewardError(
-                    f"{name} gave {scores_n.tolist()} for {self.sample_size} texts; expected a finite number "
-                    "for each"
+                    f"{getattr(score, 'name', 'queries_to_scores')} gave {scores_n.tolist()} for {n} texts; "
+                    "expected a finite number for each"
                 )
+        if len(scores) != len(queries):
+            raise RewardError(
+                f"there are {len(scores) * n} scores for {len(turns)} texts; expected one for each"
+            )
         return scores
 
 
