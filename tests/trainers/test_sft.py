@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from etude.errors import ConfigError, DataError, ModelError
-from etude.trainers.sft import SFTTrainer, supervised_loss, tokenize_rows
+from etude.trainers.sft import SFTTrainer, smoothed_loss, tokenize_rows
 from etude.trainers.sft_config import SFTConfig
 
 ROWS = [  # of different lengths, with different numbers of targets
@@ -110,23 +110,13 @@ def loss_by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, row
     return total / count
 
 
-def test_loss_by_hand():
-    """Vocabulary of two; the model is certain by 0, log 3 or log 9 of the first token."""
-    logits = torch.tensor(
-        [[[0.0, 0.0], [math.log(3), 0.0], [math.log(9), 0.0], [5.0, 5.0]]], dtype=torch.float64
-    )
-    labels = torch.tensor([[1, 0, -100, 1]])  # the first label has nothing before it
-    expected = -(math.log(1 / 2) + math.log(1 / 10)) / 2
-    assert supervised_loss({"logits": logits}, labels).item() == pytest.approx(expected, rel=1e-12)
-    assert supervised_loss({"logits": logits}, labels, 4).item() == pytest.approx(expected / 2, rel=1e-12)
-    half = supervised_loss({"logits": logits.bfloat16()}, labels)
-    assert half.dtype == torch.float32
-
-
-def test_label_smoothing_is_torchs():
-    logits, labels = torch.randn(1, 3, 5), torch.tensor([[-100, 2, 4]])
-    expected = torch.nn.functional.cross_entropy(logits[0, :2], labels[0, 1:], label_smoothing=0.1)
-    torch.testing.assert_close(supervised_loss({"logits": logits}, labels, None, 0.1), expected)
+def test_label_smoothing_by_hand():
+    """Two tokens of even odds and of 3 to 1; a tenth of the probability goes to both alike."""
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], dtype=torch.bfloat16)
+    loss = smoothed_loss(logits.double(), torch.tensor([1, 0]), 0.1)
+    second = -0.95 * math.log(3 / 4) - 0.05 * math.log(1 / 4)
+    assert loss.item() == pytest.approx(math.log(2) + second, rel=1e-2)
+    assert smoothed_loss(logits, torch.tensor([1, 0]), 0.1).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -216,10 +206,10 @@ def test_files_processes_and_columns(tmp_path, tokenizer):
 def test_what_is_cut_and_left_out_is_said(tmp_path, tokenizer, caplog):
     rows = [{"prompt": "123456", "completion": "78"}, {"prompt": "1", "completion": "234567"}, ROWS[0]]
     with caplog.at_level(logging.WARNING, logger="etude"):
-        tokenized = tokenize_rows(rows, tokenizer, settings(tmp_path, max_length=6))
+        tokenized = tokenize_rows(rows, tokenizer, settings(tmp_path, max_length=6), max_length=6)
     assert [len(row["input_ids"]) for row in tokenized] == [6, 6]
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 3 rows are longer than max_length=6 and lose their end",
+        "2 of 3 rows are longer than max_length=6 and are cut",
         "1 of 3 rows have nothing to learn and are left out",
     ]
 
@@ -237,9 +227,9 @@ def test_what_is_cut_and_left_out_is_said(tmp_path, tokenizer, caplog):
         (
             [{"prompt": "1234", "completion": "5"}],
             {"max_length": 4},
-            "none of the 1 rows has a token to learn",
+            "none of the 1 rows is left: all have nothing to learn",
         ),
-        ([{"messages": MESSAGES[:1]}], {}, "none of the 1 rows has a token to learn"),
+        ([{"messages": MESSAGES[:1]}], {}, "none of the 1 rows is left: all have nothing to learn"),
         (
             [ROWS[0], {"prompt": "a", "completion": None}],
             {},
@@ -262,8 +252,8 @@ def test_models_and_settings_that_do_not_fit(tmp_path, tokenizer):
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=260, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     )
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        SFTTrainer(t5, args, train_dataset=ROWS, processing_class=tokenizer)
+    with pytest.raises(ConfigError, match="packing and neftune_noise_alpha are for decoders"):
+        SFTTrainer(t5, settings(tmp_path, packing=True), train_dataset=ROWS, processing_class=tokenizer)
     with pytest.raises(ConfigError, match="expected an SFTConfig"):
         SFTTrainer(tiny_llama(), TrainingArguments(use_cpu=True), processing_class=tokenizer)
     with pytest.raises(ConfigError, match="pass its tokenizer"):
