@@ -98,9 +98,14 @@ COMMANDS = {
         {
             "Model": "etude.app.arguments:FixedModelArguments",
             "Environment": "etude.app.arguments:EnvironmentArguments",
-            "Sampling": "etude.app.arguments:SampleArguments",
+            "Sampling": "etude.app.sample_arguments:SampleArguments",
         },
         module="sample",
+    ),
+    "merge": Command(
+        "Merge adapters into their base model, or average models.",
+        {"Merging": "etude.app.merge_arguments:MergeArguments"},
+        module="merge",
     ),
 }
 

@@ -9,8 +9,9 @@ import os
 from dataclasses import asdict
 from functools import partial
 
-from etude.app.arguments import EnvironmentArguments, FixedModelArguments, SampleArguments
+from etude.app.arguments import EnvironmentArguments, FixedModelArguments
 from etude.app.environment import build_environment
+from etude.app.sample_arguments import SampleArguments
 from etude.data.files import load_rows
 from etude.data.selection import Selection
 from etude.environments.rejection import sample_dataset

@@ -190,12 +190,13 @@ def _load_base(adapter: PeftConfig, base: str, name: str, options: dict[str, Any
         model: Any = load_language_model(base, **options)
     else:
         head, labels = _saved_head(name)
-        with (
-            explained("the base model", base),
-            quiet_about(re.compile(""), re.compile(re.escape(head))) as seen,
-        ):
+        with explained("the base model", base), quiet_about(re.compile(""), head) as seen:
             loaded: Any = auto.from_pretrained(base, num_labels=labels, output_loading_info=True, **options)
             model, seen["info"] = loaded
+        if missing := sorted(key for key in seen["info"]["missing_keys"] if not head.search(key)):
+            raise ModelError(
+                f"the base model {base!r} lacks {missing[0]!r}, which {type(model).__name__} needs"
+            )
     if getattr(model, "is_quantized", False):
         raise ModelError(
             f"the base model {base!r} is quantized, and merging would round the adapter away; name the model "
@@ -204,17 +205,22 @@ def _load_base(adapter: PeftConfig, base: str, name: str, options: dict[str, Any
     return model.eval()
 
 
-def _saved_head(name: str) -> tuple[str, int]:
-    """The head that is saved with a classifier's adapter: a pattern of its weights' names, and its labels."""
+def _saved_head(name: str) -> tuple[re.Pattern[str], int]:
+    """What is saved whole with a classifier's adapter, as a pattern of names; and how many labels it has."""
     with explained("the adapter", name):
         weights = load_peft_weights(name, device="cpu")
-    heads = [key for key in weights if not re.search(r"\.lora_|\.pooler\.", key) and weights[key].dim() == 2]
-    if not heads:
+    whole = {
+        key.removeprefix("base_model.model."): tensor
+        for key, tensor in weights.items()
+        if ".lora_" not in key
+    }
+    labels = [tensor.shape[0] for tensor in whole.values() if tensor.dim() == 2]
+    if not labels:
         raise ModelError(
             f"the adapter in {name!r} was trained for classification and saved without its head; expected "
             "one that was trained with it (modules_to_save)"
         )
-    return heads[-1].split(".")[-2], weights[heads[-1]].shape[0]
+    return re.compile("|".join(map(re.escape, whole))), min(labels)
 
 
 def _combined(
