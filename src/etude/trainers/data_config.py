@@ -24,6 +24,8 @@ class DataConfig(TrainingArguments):
         max_length: longer rows are cut, and it is said how many were. None keeps everything.
         append_eos: end texts and completions with the end-of-sequence token.
         disable_dropout: train without dropout.
+        early_stopping_patience: evaluations without a better metric_for_best_model (the loss, unless given)
+            after which training ends; the best checkpoint is loaded then.
         dataset_num_proc: processes that tokenise.
         model_init_kwargs: for `from_pretrained`, where the model is given by name.
     """
@@ -36,6 +38,7 @@ class DataConfig(TrainingArguments):
     max_length: int | None = 1024
     append_eos: bool = True
     disable_dropout: bool = False
+    early_stopping_patience: int | None = None
     dataset_num_proc: int | None = None
     model_init_kwargs: dict[str, Any] | None = None
 
@@ -47,6 +50,13 @@ class DataConfig(TrainingArguments):
             raise ConfigError(
                 f"max_length is {self.max_length}; expected None or at least 2: one to read, one to learn"
             )
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1 or self.eval_strategy == "no":
+                raise ConfigError(
+                    "early_stopping_patience counts evaluations: give at least 1, and set eval_strategy to "
+                    "steps or epoch"
+                )
+            self.load_best_model_at_end = True
         super().__post_init__()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns

@@ -28,19 +28,23 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from etude.data.files import Rows
 from etude.errors import ConfigError, DataError, ModelError
 from etude.models.loading import add_adapter, load_language_model, trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.trainers.data_config import DataConfig
+from etude.trainers.run_recorder import RunRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +129,12 @@ class DataTrainer(Trainer):
                 "hide all but one (CUDA_VISIBLE_DEVICES)"
             )
         self.label_smoother = None  # the loss is ours
+        for shown in (ProgressCallback, PrinterCallback):
+            self.remove_callback(shown)
+        self.recorder = RunRecorder(self.method)
+        self.add_callback(self.recorder)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
 
     # ---- what a trainer is ----
@@ -152,6 +162,15 @@ class DataTrainer(Trainer):
         """Look at the model before data is tokenised and anything is wrapped."""
 
     # ---- what transformers' loop calls ----
+
+    def train(self, *args: Any, **options: Any) -> TrainOutput:
+        """As transformers'. Ctrl-C ends it after the step that runs, with a checkpoint.
+
+        Raises:
+            KeyboardInterrupt: after that checkpoint.
+        """
+        with self.recorder.watching():
+            return super().train(*args, **options)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -20,9 +20,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.collate import IGNORED, pack, supervised_labels
+from etude.data.conversions import convert
 from etude.data.files import Rows, load_rows
-from etude.data.formats import detect_format, to_episode
+from etude.data.formats import DEMONSTRATIONS, to_episode
 from etude.data.packing import best_fit
+from etude.data.source_target import to_source_target
 from etude.errors import ConfigError
 from etude.models.scorer import TokenScorer
 from etude.trainers.data_trainer import DataTrainer, Model, Sums, map_rows
@@ -72,7 +74,12 @@ class SFTTrainer(DataTrainer):
 
     def _tokenize(self, rows: Rows, max_length: int | None) -> Dataset:
         return tokenize_rows(
-            rows, self.tokenizer, self.args, formatting_func=self.formatting_func, max_length=max_length
+            rows,
+            self.tokenizer,
+            self.args,
+            formatting_func=self.formatting_func,
+            max_length=max_length,
+            seq2seq=self.scorer.is_encoder_decoder,
         )
 
     def collate(self, rows: Sequence[Any]) -> dict[str, Any]:
@@ -134,6 +141,9 @@ class PackedRows(torch.utils.data.Dataset[list[dict[str, list[int]]]]):
         ]
 
 
+_TOKENIZING = ("completion_only_loss", "assistant_only_loss", "append_eos")
+
+
 def tokenize_rows(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
@@ -141,29 +151,31 @@ def tokenize_rows(
     *,
     formatting_func: Callable[[dict[str, Any]], str | Mapping[str, Any]] | None = None,
     max_length: int | None = None,
+    seq2seq: bool = False,
 ) -> Dataset:
     """Rows of any accepted format → a dataset of `input_ids` and `labels`.
 
-    Rows that `max_length` cuts are counted in a warning, and so are rows without anything to learn, which are
-    left out.
+    For an encoder-decoder (`seq2seq`) prompts become `source_ids`, and each side is cut by itself. Rows that
+    `max_length` cuts are counted in a warning, and so are rows without anything to learn, which are left out.
 
     Raises:
         DataError: the columns or a row are wrong (named by its number), or no row has anything to learn.
     """
     dataset = load_rows(rows)
     if formatting_func is None:
-        detect_format(dataset.column_names)
-    return map_rows(
-        dataset,
-        _tokenize_row,
-        config,
-        formatting_func=formatting_func,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        completion_only_loss=config.completion_only_loss,
-        assistant_only_loss=config.assistant_only_loss,
-        append_eos=config.append_eos,
-    )
+        formats = ("prompt-completion",) if seq2seq else DEMONSTRATIONS
+        dataset = convert(dataset, formats, num_proc=config.dataset_num_proc)
+    options: dict[str, Any] = {
+        "formatting_func": formatting_func,
+        "tokenizer": tokenizer,
+        "max_length": max_length,
+    }
+    if seq2seq:
+        if config.completion_only_loss is False:
+            raise ConfigError("an encoder-decoder imitates completions only; leave completion_only_loss out")
+        return map_rows(dataset, _tokenize_pair, config, **options)
+    options |= {name: getattr(config, name) for name in _TOKENIZING}
+    return map_rows(dataset, _tokenize_row, config, **options)
 
 
 def _tokenize_row(
@@ -173,10 +185,7 @@ def _tokenize_row(
     max_length: int | None,
     **options: Any,
 ) -> dict[str, Any]:
-    if formatting_func is not None:
-        formatted = formatting_func(dict(row))
-        row = {"text": formatted} if isinstance(formatted, str) else formatted
-    episode = to_episode(row, tokenizer, **options)
+    episode = to_episode(_formatted(row, formatting_func), tokenizer, **options)
     labels = supervised_labels(episode)[:max_length]
     labels[:1] = [IGNORED] * len(labels[:1])  # nothing comes before the first token
     return {
@@ -185,3 +194,28 @@ def _tokenize_row(
         "cut": max_length is not None and len(episode) > max_length,
         "learned": any(label != IGNORED for label in labels),
     }
+
+
+def _tokenize_pair(
+    row: Mapping[str, Any],
+    formatting_func: Callable[..., str | Mapping[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+) -> dict[str, Any]:
+    source, target = to_source_target(_formatted(row, formatting_func), tokenizer)
+    return {
+        "source_ids": source[:max_length],
+        "input_ids": target[:max_length],
+        "labels": target[:max_length],
+        "cut": max_length is not None and max(len(source), len(target)) > max_length,
+        "learned": bool(target),
+    }
+
+
+def _formatted(
+    row: Mapping[str, Any], formatting_func: Callable[..., str | Mapping[str, Any]] | None
+) -> Mapping[str, Any]:
+    if formatting_func is None:
+        return row
+    formatted = formatting_func(dict(row))
+    return {"text": formatted} if isinstance(formatted, str) else formatted
