@@ -31,14 +31,20 @@ _EXPORTS = {
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
     "Minibatch": "etude.trainers.experience",
+    "ModelReward": "etude.rewards.model",
     "OverlongPenalty": "etude.rewards.overlong",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
+    "PRMConfig": "etude.trainers.reward_config",
+    "PRMTrainer": "etude.trainers.prm",
+    "ProcessReward": "etude.rewards.process",
     "ReinforceConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusTrainer": "etude.trainers.reinforce_plus_plus",
     "ReinforceTrainer": "etude.trainers.reinforce",
     "reward": "etude.rewards.function",
+    "RewardConfig": "etude.trainers.reward_config",
+    "RewardTrainer": "etude.trainers.reward",
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
@@ -75,7 +81,9 @@ if TYPE_CHECKING:
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
     from etude.rewards.function import reward as reward
+    from etude.rewards.model import ModelReward as ModelReward
     from etude.rewards.overlong import OverlongPenalty as OverlongPenalty
+    from etude.rewards.process import ProcessReward as ProcessReward
     from etude.rewards.tool_errors import ToolErrorPenalty as ToolErrorPenalty
     from etude.runtime.run import RunDirectory as RunDirectory
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
@@ -95,8 +103,12 @@ if TYPE_CHECKING:
     from etude.trainers.iterative_sft import IterativeSFTTrainer as IterativeSFTTrainer
     from etude.trainers.ppo import PPOTrainer as PPOTrainer
     from etude.trainers.ppo_config import PPOConfig as PPOConfig
+    from etude.trainers.prm import PRMTrainer as PRMTrainer
     from etude.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
     from etude.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
+    from etude.trainers.reward import RewardTrainer as RewardTrainer
+    from etude.trainers.reward_config import PRMConfig as PRMConfig
+    from etude.trainers.reward_config import RewardConfig as RewardConfig
     from etude.trainers.rloo import RLOOTrainer as RLOOTrainer
     from etude.trainers.sft import SFTTrainer as SFTTrainer
     from etude.trainers.sft_config import SFTConfig as SFTConfig

@@ -12,7 +12,7 @@ def f64(values):
 
 
 def test_bins_by_hand():
-    # Confidences .91, .95, .65, .75, of which the first two, and none of the others, were right; .5 is undecided.
+    # Confidences .91, .95, .65, .75, of which only the first two were right; .5 is undecided.
     probabilities, outcomes = f64([0.91, 0.05, 0.65, 0.25, 0.5]), torch.tensor([1, 0, 0, 1, 1])
     bins = reliability_bins(probabilities, outcomes, bins=5)
     assert bins.counts.tolist() == [1, 1, 1, 0, 2]

@@ -189,6 +189,13 @@ class EnvironmentArguments:
             "the policy has an adapter then, too (use_peft)"
         },
     )
+    reward_model: str | list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "directories or hub ids of reward models and process reward models, whole or LoRA "
+            "adapters, that score episodes with weights of their own"
+        },
+    )
     prompt: str | None = field(default=None, metadata={"help": "text put before each task"})
     prompt_file: str | None = field(default=None, metadata={"help": "the same, read from a file"})
     max_turns: int = field(default=4, metadata={"help": "turns of the model per episode at most"})
@@ -207,10 +214,10 @@ class EnvironmentArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.reward and not self.reward_fn and not self.reward_adapter:
+        if not any((self.reward, self.reward_fn, self.reward_adapter, self.reward_model)):
             raise ConfigError(
                 "an episode needs a score; name code that gives one with reward or reward_fn, or a "
-                "reward_adapter"
+                "reward_model or reward_adapter"
             )
         if self.prompt is not None and self.prompt_file is not None:
             raise ConfigError("prompt and prompt_file are two ways to say the same; give one of them")
@@ -218,6 +225,10 @@ class EnvironmentArguments:
     @property
     def rewards(self) -> list[str]:
         return [self.reward] if isinstance(self.reward, str) else self.reward
+
+    @property
+    def reward_models(self) -> list[str]:
+        return [self.reward_model] if isinstance(self.reward_model, str) else self.reward_model
 
     def prompt_text(self) -> str | None:
         """The prompt itself, or what its file holds, to the character.

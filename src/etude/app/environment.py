@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -12,7 +13,10 @@ from etude.app.references import load_object
 from etude.environments.text import TextEnvironment
 from etude.models.loading import load_tokenizer
 from etude.models.reward_adapter import RewardAdapter
+from etude.models.reward_model import kind_in
 from etude.rewards.adapter import AdapterReward
+from etude.rewards.model import ModelReward
+from etude.rewards.process import ProcessReward
 
 
 def build_environment(
@@ -45,6 +49,7 @@ def build_environment(
     )
     if episodes.reward_adapter is not None:
         rewards.append(AdapterReward(RewardAdapter.load(model, episodes.reward_adapter)))
+    rewards += [_reward_of(place) for place in episodes.reward_models]
     return TextEnvironment(
         model,
         tokenizer,
@@ -61,3 +66,10 @@ def build_environment(
         generation_kwargs=episodes.generation,
         **options,
     )
+
+
+def _reward_of(place: str) -> ModelReward | ProcessReward:
+    name = Path(place).name
+    if kind_in(place) == "token":
+        return ProcessReward(place, name=name)
+    return ModelReward(place, name=name)

@@ -64,18 +64,24 @@ def _without_critic(by: str, config: str) -> Command:
     )
 
 
-COMMANDS = {
-    "sft": Command(
-        "Fine-tune a model on demonstrations.",
+def _on_data(summary: str, module: str, config: str) -> Command:
+    return Command(
+        summary,
         {
             "Model": "etude.app.arguments:ModelArguments",
             "Data": "etude.app.arguments:DataArguments",
             "Run": "etude.app.arguments:RunArguments",
-            "Training": "etude.trainers.sft_config:SFTConfig",
+            "Training": f"etude.trainers.{config}",
         },
-        module="sft",
+        module=module,
         required=("output_dir",),
-    ),
+    )
+
+
+COMMANDS = {
+    "sft": _on_data("Fine-tune a model on demonstrations.", "sft", "sft_config:SFTConfig"),
+    "reward": _on_data("Train a reward model on preferences.", "reward", "reward_config:RewardConfig"),
+    "prm": _on_data("Train a process reward model on answers in steps.", "reward", "reward_config:PRMConfig"),
     "ppo": Command(
         "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
         {

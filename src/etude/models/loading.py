@@ -51,8 +51,8 @@ VALUE_HEAD_KEY = re.compile(r"(?:^|\.)v_head\.")
 
 _ANY, _NONE = re.compile(""), re.compile("(?!)")
 
-# What a wrapper calls the model inside it: our value-head models, DDP/FSDP/DeepSpeed, torch.compile.
-_INNER = ("pretrained_model", "module", "_orig_mod")
+# What a wrapper calls the model in it: our value-head and value models, DDP/FSDP/DeepSpeed, torch.compile.
+_INNER = ("pretrained_model", "model", "module", "_orig_mod")
 
 
 def best_device() -> str:

@@ -1,4 +1,4 @@
-"""Models that score text: from a directory or the hub, with a fresh head or with the one they were trained with.
+"""Models that score text: from a directory or the hub, with a fresh head or the one they were trained with.
 
 Covers full models, and LoRA adapters, whose base is found through their own configuration and whose head is
 saved beside them (`modules_to_save`). A head is never left at random in silence: what should have one and has
@@ -31,7 +31,6 @@ from etude.models.loading import (
     load_causal_lm,
     locate,
     quiet_about,
-    trunk_of,
 )
 from etude.models.score_head import (
     AUTO_CLASSES,
@@ -95,8 +94,8 @@ def load_reward_model(
         model = with_score_head(language_model.merge_and_unload().requires_grad_(True), kind)
     else:
         raise ModelError(
-            f"the adapter in {name!r} was trained for {adapter.task_type}; expected {TASK_TYPES[kind]}, with a "
-            "score head"
+            f"the adapter in {name!r} was trained for {adapter.task_type}; expected {TASK_TYPES[kind]}, "
+            "with a score head"
         )
     if not is_trainable:
         model.requires_grad_(False)
@@ -148,9 +147,7 @@ def _load_classifier(
     """A full model. Of what is missing there, only what no language model has may start at random."""
     auto = AUTO_CLASSES[kind]
     with explained("the model", name):
-        config = AutoConfig.from_pretrained(
-            name, trust_remote_code=options["trust_remote_code"], **place
-        )
+        config = AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"], **place)
     found = kind_of(list(config.architectures or ()))
     if found == kind:
         check_labels(kind, config.num_labels, repr(name))
@@ -161,9 +158,7 @@ def _load_classifier(
             f"{kind}s, as {auto.__name__} loads it and {_TRAINERS[kind]} saves it"
         )
     with explained("the model", name), quiet_about(*_REPLACED if found is None else ()) as seen:
-        loaded: Any = auto.from_pretrained(
-            name, num_labels=LABELS[kind], output_loading_info=True, **options
-        )
+        loaded: Any = auto.from_pretrained(name, num_labels=LABELS[kind], output_loading_info=True, **options)
         model, seen["info"] = loaded
     _check_nothing_is_missing(model, seen["info"]["missing_keys"], name, headless=found is None)
     if found is None and kind == "sequence":

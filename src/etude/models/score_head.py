@@ -48,12 +48,12 @@ def kind_of(model: nn.Module | list[str]) -> Kind | None:
     return next((kind for kind, end in _SUFFIXES.items() if any(n.endswith(end) for n in names)), None)
 
 
-def check_labels(kind: Kind, labels: int, where: str) -> None:
+def check_labels(kind: Kind, labels: int | None, where: str) -> None:
     """Raise `ModelError` unless a model of this kind has as many labels as its scores need."""
     if labels != LABELS[kind]:
-        wanted = {"sequence": "one score, a reward", "token": "two, a step's wrong and right"}[kind]
+        wanted = {"sequence": "one, a reward", "token": "two, a step's wrong and right"}[kind]
         raise ModelError(
-            f"{where} scores {labels} labels; expected {wanted}: a model trained with num_labels={LABELS[kind]}"
+            f"{where} has {labels} labels; expected {wanted}: a model trained with num_labels={LABELS[kind]}"
         )
 
 
@@ -62,9 +62,7 @@ def head_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
 
     Of a model that started as a language model none of it comes from there.
     """
-    heads = {
-        name: module for name, module in model.named_children() if name != model.base_model_prefix
-    }
+    heads = {name: module for name, module in model.named_children() if name != model.base_model_prefix}
     pooler = getattr(model.base_model, "pooler", None)
     if isinstance(pooler, nn.Module) and pooler is not model:
         heads["pooler"] = pooler
@@ -103,7 +101,9 @@ def with_score_head(model: nn.Module, kind: Kind) -> PreTrainedModel | PeftModel
     weight = None
     if isinstance(model, AutoModelForCausalLMWithValueHead | ValueModel):
         weight = model.v_head.summary.weight.detach() if kind == "sequence" else None
-        model = model.pretrained_model if isinstance(model, AutoModelForCausalLMWithValueHead) else model.model
+        model = (
+            model.pretrained_model if isinstance(model, AutoModelForCausalLMWithValueHead) else model.model
+        )
     if isinstance(model, PeftModel):
         raise ModelError(
             "the model carries adapters of a language model; merge them first: "
@@ -149,7 +149,7 @@ def _on_trunk_of(model: PreTrainedModel, kind: Kind, weight: Tensor | None) -> P
         _, layer = score_layer(scorer)
         if not isinstance(layer, nn.Linear) or layer.weight.shape != weight.shape:
             raise ModelError(
-                f"the value head gives its value from {weight.shape[1]} numbers, and {cls.__name__} has no such "
+                f"the value head makes a value of {weight.shape[1]} numbers, and {cls.__name__} has no such "
                 "layer; give the language model without the value head"
             )
         with torch.no_grad():

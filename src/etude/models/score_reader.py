@@ -4,10 +4,10 @@ The model is called as it comes, inside whatever wraps it, and its head is appli
 synchronisation, parameter gathering and autocast stay in force. A head that is a linear layer is applied in
 float32 on a trunk in half precision, whose eight bits couldn't tell close scores apart.
 
-Sequences come end to end (`data.scored.pack_scored`). Decoders are packed without padding; those that can't be
-are padded in here, and so are encoders. A decoder's score is that of the token that was asked for: whatever
-the padding token is, it is never searched for. Not covered: models that read text padded on the right
-otherwise than alone (XLNet), which are refused.
+Sequences come end to end (`data.scored.pack_scored`). Decoders are packed without padding; those that can't
+be are padded in here, and so are encoders. A decoder's score is that of the token that was asked for:
+whatever the padding token is, it is never searched for. Not covered: models that read text padded on the
+right otherwise than alone (XLNet), which are refused.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ class ScoreReader:
         rough = self.model.dtype in (torch.float16, torch.bfloat16)
         if not bool(((together - torch.cat(alone)).abs().max() / spread) <= (0.1 if rough else 1e-3)):
             raise ModelError(
-                f"{type(self.model).__name__} scores a text that is padded on the right otherwise than alone; "
-                "expected a decoder, or an encoder that reads its score off the first token"
+                f"{type(self.model).__name__} scores a text otherwise where it is padded on the right than "
+                "alone; expected a decoder, or an encoder that reads its score off the first token"
             )
 
     def _probe(self, length: int) -> Tensor:
@@ -173,8 +173,8 @@ def _batch(rows: list[Tensor]) -> Batch:
 def _active(layer: nn.Module) -> nn.Module:
     """The copy of a layer that an adapter trains, where one does."""
     if isinstance(layer, ModulesToSaveWrapper):
-        chosen = layer.modules_to_save[layer.active_adapter] if not layer.disable_adapters else None
-        return layer.original_module if chosen is None else chosen
+        copies: Any = layer.modules_to_save
+        return layer.original_module if layer.disable_adapters else copies[layer.active_adapter]
     return layer
 
 

@@ -158,6 +158,17 @@ class DataTrainer(Trainer):
     def load_model(self, name: str, **options: Any) -> Model:
         return load_language_model(name, **options)
 
+    def adopt(self, model: Any) -> Model:
+        """What is trained, made of a model that is loaded already."""
+        return model
+
+    def add_adapter_to(self, model: Model, peft_config: PeftConfig) -> Model:
+        return add_adapter(model, peft_config)
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of the metrics' means."""
+        return means
+
     def prepare(self, model: Model) -> None:
         """Look at the model before data is tokenised and anything is wrapped."""
 
@@ -253,7 +264,7 @@ class DataTrainer(Trainer):
             if count
         }
         totals.clear()
-        return means
+        return self.summary(means)
 
     # ---- what is left behind ----
 
@@ -314,6 +325,8 @@ class DataTrainer(Trainer):
             model = self.load_model(model, **(args.model_init_kwargs or {}))
         elif args.model_init_kwargs:
             raise ConfigError("model_init_kwargs are for a model given by name; this one is already loaded")
+        else:
+            model = self.adopt(model)
         _check_fits(model, self.tokenizer)
         if args.disable_dropout:
             _disable_dropout(model)
@@ -321,7 +334,7 @@ class DataTrainer(Trainer):
             return model
         if hasattr(model, "peft_config"):
             raise ConfigError("the model already has an adapter; leave peft_config out to go on training it")
-        return add_adapter(model, peft_config)
+        return self.add_adapter_to(model, peft_config)
 
 
 def map_rows(
