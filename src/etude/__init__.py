@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
     "ClassifierReward": "etude.rewards.classifier",
     "create_reference_model": "etude.models.reference",
@@ -47,9 +48,11 @@ _EXPORTS = {
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
+    "sample_dataset": "etude.environments.rejection",
     "SamplingParams": "etude.types",
     "Scores": "etude.trainers.group",
     "Segment": "etude.types",
+    "Selection": "etude.data.selection",
     "set_seed": "transformers.trainer_utils",
     "SFTConfig": "etude.trainers.sft_config",
     "SFTTrainer": "etude.trainers.sft",
@@ -65,7 +68,10 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from transformers.trainer_utils import set_seed as set_seed
 
+    from etude.data.selection import Selection as Selection
+    from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.history import TextHistory as TextHistory
+    from etude.environments.rejection import sample_dataset as sample_dataset
     from etude.environments.text import TextEnvironment as TextEnvironment
     from etude.errors import EtudeError as EtudeError
     from etude.models.reference import create_reference_model as create_reference_model
