@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
     "ClassifierReward": "etude.rewards.classifier",
     "CPOConfig": "etude.trainers.preference_config",
@@ -36,22 +37,30 @@ _EXPORTS = {
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
     "Minibatch": "etude.trainers.experience",
+    "ModelReward": "etude.rewards.model",
     "ORPOConfig": "etude.trainers.preference_config",
     "ORPOTrainer": "etude.trainers.orpo",
     "OverlongPenalty": "etude.rewards.overlong",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
+    "PRMConfig": "etude.trainers.reward_config",
+    "PRMTrainer": "etude.trainers.prm",
+    "ProcessReward": "etude.rewards.process",
     "ReinforceConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusTrainer": "etude.trainers.reinforce_plus_plus",
     "ReinforceTrainer": "etude.trainers.reinforce",
     "reward": "etude.rewards.function",
+    "RewardConfig": "etude.trainers.reward_config",
+    "RewardTrainer": "etude.trainers.reward",
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
+    "sample_dataset": "etude.environments.rejection",
     "SamplingParams": "etude.types",
     "Scores": "etude.trainers.group",
     "Segment": "etude.types",
+    "Selection": "etude.data.selection",
     "set_seed": "transformers.trainer_utils",
     "SFTConfig": "etude.trainers.sft_config",
     "SFTTrainer": "etude.trainers.sft",
@@ -69,7 +78,10 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from transformers.trainer_utils import set_seed as set_seed
 
+    from etude.data.selection import Selection as Selection
+    from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.history import TextHistory as TextHistory
+    from etude.environments.rejection import sample_dataset as sample_dataset
     from etude.environments.text import TextEnvironment as TextEnvironment
     from etude.errors import EtudeError as EtudeError
     from etude.models.reference import create_reference_model as create_reference_model
@@ -79,7 +91,9 @@ if TYPE_CHECKING:
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
     from etude.rewards.function import reward as reward
+    from etude.rewards.model import ModelReward as ModelReward
     from etude.rewards.overlong import OverlongPenalty as OverlongPenalty
+    from etude.rewards.process import ProcessReward as ProcessReward
     from etude.rewards.tool_errors import ToolErrorPenalty as ToolErrorPenalty
     from etude.runtime.run import RunDirectory as RunDirectory
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
@@ -108,8 +122,12 @@ if TYPE_CHECKING:
     from etude.trainers.preference_config import CPOConfig as CPOConfig
     from etude.trainers.preference_config import ORPOConfig as ORPOConfig
     from etude.trainers.preference_config import SimPOConfig as SimPOConfig
+    from etude.trainers.prm import PRMTrainer as PRMTrainer
     from etude.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
     from etude.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
+    from etude.trainers.reward import RewardTrainer as RewardTrainer
+    from etude.trainers.reward_config import PRMConfig as PRMConfig
+    from etude.trainers.reward_config import RewardConfig as RewardConfig
     from etude.trainers.rloo import RLOOTrainer as RLOOTrainer
     from etude.trainers.sft import SFTTrainer as SFTTrainer
     from etude.trainers.sft_config import SFTConfig as SFTConfig

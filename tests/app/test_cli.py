@@ -93,8 +93,9 @@ def test_help_names_every_option_with_its_default(command: str, capsys: pytest.C
     text = capsys.readouterr().out
     words = text.split()
     assert [name for name in read_options(command) if f"--{name}" not in words] == []
-    assert "--model_name_or_path str\n        directory or hub id of the model (required)" in text
-    assert "(default: float32; one of float32, bfloat16, float16, float64, auto)" in " ".join(words)
+    if command != "merge":
+        assert "--model_name_or_path str\n        directory or hub id of the model (required)" in text
+        assert "(default: float32; one of float32, bfloat16, float16, float64, auto)" in " ".join(words)
 
 
 def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -542,7 +542,7 @@ def test_the_run_directory_tells_what_happened(tmp_path, tokenizer, capsys):
 
 
 def test_early_stopping_goes_back_to_the_best(tmp_path, tokenizer):
-    """At such a rate the loss goes up and down, and stays above its best for two evaluations at some point."""
+    """At such a rate the loss goes up and down, and at some point is above its best twice running."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     args = settings(tmp_path, early_stopping_patience=2, learning_rate=1.0, max_steps=20, **options)
     model = tiny_llama()

@@ -1,4 +1,4 @@
-"""What the commands that learn from data do: `etude sft`, `etude dpo` and the others.
+"""What the commands that learn from data do: `etude sft`, `etude reward`, `etude dpo` and the others.
 
 The script behind them: copy it and change what you like.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from etude.app.arguments import DataArguments, ModelArguments, RunArguments
@@ -37,6 +38,7 @@ def learn(
     checkpoint = checkpoint_to_resume(start.resume_from_checkpoint, str(config.output_dir))
     train, validation = data.rows("train"), data.rows("eval")  # before the model: mistakes show at once
 
+    set_seed(config.seed)  # a head that the model lacks starts at random
     trainer = kind(
         model=load(model_arguments.model_name_or_path, **model_arguments.loading),
         args=config,

@@ -112,7 +112,10 @@ class ChunkedHead:
             states.append(whole)
             return whole[..., :0, :], *others
 
-        with self._hooks(take):
+        def detach(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output.detach()  # else its backward would fill a gradient [V, D] with zeros
+
+        with self._hooks(take, detach):
             yield states
 
     @contextmanager
@@ -145,17 +148,20 @@ class ChunkedHead:
                     scores.append(self._score(layer, call, is_plain, states_MD.detach(), targets_M, how))
             return whole[..., :0, :], *others
 
-        with self._hooks(score):
+        def connect(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # DDP looks among what the outputs depend on for the parameters that will have a gradient.
+            return output.detach() + 0 * scores[0].logprobs.sum()
+
+        with self._hooks(score, connect):
             yield scores
 
     @contextmanager
-    def _hooks(self, before: Callable[..., tuple[Tensor, ...]]) -> Iterator[None]:
-        def detach(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output.detach()  # else its backward would fill a gradient [V, D] with zeros
-
+    def _hooks(
+        self, before: Callable[..., tuple[Tensor, ...]], after: Callable[..., Tensor]
+    ) -> Iterator[None]:
         layer = self.layer
         assert layer is not None
-        handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(detach)]
+        handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
             yield
         finally:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.collate import IGNORED, pack, supervised_labels
 from etude.data.conversions import convert
 from etude.data.files import Rows, load_rows
-from etude.data.formats import DEMONSTRATIONS, to_episode
+from etude.data.formats import DEMONSTRATIONS, to_episodes
 from etude.data.packing import best_fit
 from etude.data.source_target import to_source_target
 from etude.errors import ConfigError
@@ -184,16 +184,20 @@ def _tokenize_row(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     **options: Any,
-) -> dict[str, Any]:
-    episode = to_episode(_formatted(row, formatting_func), tokenizer, **options)
-    labels = supervised_labels(episode)[:max_length]
-    labels[:1] = [IGNORED] * len(labels[:1])  # nothing comes before the first token
-    return {
-        "input_ids": episode.token_ids[:max_length],
-        "labels": labels,
-        "cut": max_length is not None and len(episode) > max_length,
-        "learned": any(label != IGNORED for label in labels),
-    }
+) -> list[dict[str, Any]]:
+    tokenized = []
+    for episode in to_episodes(_formatted(row, formatting_func), tokenizer, **options):
+        labels = supervised_labels(episode)[:max_length]
+        labels[:1] = [IGNORED] * len(labels[:1])  # nothing comes before the first token
+        tokenized.append(
+            {
+                "input_ids": episode.token_ids[:max_length],
+                "labels": labels,
+                "cut": max_length is not None and len(episode) > max_length,
+                "learned": any(label != IGNORED for label in labels),
+            }
+        )
+    return tokenized
 
 
 def _tokenize_pair(

@@ -1,0 +1,75 @@
+"""A model in its environment, as the command line describes them: where every command that plays starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from etude.app.arguments import EnvironmentArguments, FixedModelArguments
+from etude.app.references import load_object
+from etude.environments.text import TextEnvironment
+from etude.models.loading import load_tokenizer
+from etude.models.reward_adapter import RewardAdapter
+from etude.models.reward_model import kind_in
+from etude.rewards.adapter import AdapterReward
+from etude.rewards.model import ModelReward
+from etude.rewards.process import ProcessReward
+
+
+def build_environment(
+    load_model: Callable[..., Any],
+    model_arguments: FixedModelArguments,
+    episodes: EnvironmentArguments,
+    seed: int,
+    **options: Any,
+) -> TextEnvironment:
+    """The environment, around the model (its `model`) that it has loaded, and the `tokenizer`.
+
+    Call it after the data are read: mistakes in them, and in the code that `episodes` names, show before a
+    model is loaded.
+
+    Args:
+        load_model: from a name and what the arguments say, such as `load_causal_lm`.
+        seed: of what starts at random in the model (a value head, an adapter), and of the episodes.
+        options: what else `TextEnvironment` takes, such as `slots`.
+    """
+    tools = [load_object(reference, "etude.tools") for reference in episodes.tools]
+    rewards = [load_object(reference, "etude.rewards") for reference in episodes.rewards]
+    reward_fn = load_object(episodes.reward_fn, "etude.rewards") if episodes.reward_fn else None
+
+    set_seed(seed)
+    tokenizer = load_tokenizer(**model_arguments.tokenizer_place)
+    model = load_model(
+        model_arguments.model_name_or_path,
+        peft_config=model_arguments.peft_config(),
+        **model_arguments.loading,
+    )
+    if episodes.reward_adapter is not None:
+        rewards.append(AdapterReward(RewardAdapter.load(model, episodes.reward_adapter)))
+    rewards += [_reward_of(place) for place in episodes.reward_models]
+    return TextEnvironment(
+        model,
+        tokenizer,
+        tools=tools,
+        rewards=rewards,
+        reward_fn=reward_fn,
+        prompt=episodes.prompt_text(),
+        max_turns=episodes.max_turns,
+        max_tool_reponse=episodes.max_tool_response,
+        max_tool_response_tokens=episodes.max_tool_response_tokens,
+        max_tool_calls=episodes.max_tool_calls,
+        max_length=episodes.max_length,
+        tool_timeout=episodes.tool_timeout,
+        generation_kwargs=episodes.generation,
+        **options,
+    )
+
+
+def _reward_of(place: str) -> ModelReward | ProcessReward:
+    name = Path(place).name
+    if kind_in(place) == "token":
+        return ProcessReward(place, name=name)
+    return ModelReward(place, name=name)
