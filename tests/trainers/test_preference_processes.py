@@ -2,10 +2,12 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,7 +56,7 @@ trainer.accelerator.end_training()
 """
 
 
-def test_two_processes_train_as_one_does(tmp_path, make_llama, tokenizer):
+def test_two_processes_train_as_one_does(tmp_path, make_llama, tokenizer, monkeypatch):
     make_llama().save_pretrained(tmp_path / "model")
     make_llama(1, initializer_range=0.3).save_pretrained(tmp_path / "reference")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -66,13 +68,20 @@ def test_two_processes_train_as_one_does(tmp_path, make_llama, tokenizer):
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    for processes in (1, 2):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-            str(tmp_path / "step.py"), str(tmp_path), str(processes),
-        ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stderr[-3000:]
+    script = str(tmp_path / "step.py")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache-of-one")
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path), "1"])
+    runpy.run_path(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, script, str(tmp_path), "2"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     before = load_file(tmp_path / "model" / "model.safetensors")
     for name in ("dpo", "beforehand", "kto", "orpo"):
         one, two = (load_file(tmp_path / f"{name}-{n}.safetensors") for n in (1, 2))
