@@ -112,7 +112,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
         (
             ["--config", "run.yaml"],
             "unknown command '--config'; expected one of sft, ppo, grpo, rloo, reinforce, "
-            "reinforce_plus_plus, iterative_sft",
+            "reinforce_plus_plus, iterative_sft, eval",
         ),
         (["ppo", "--learnin_rate", "1"], "unknown option --learnin_rate; did you mean --learning_rate?"),
     ],

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ModelArguments:
-    """The model and its tokenizer."""
+class SavedModelArguments:
+    """A model as it lies somewhere, and its tokenizer."""
 
     model_name_or_path: str = field(metadata={"help": "directory or hub id of the model"})
     tokenizer_name: str | None = field(
@@ -37,6 +37,31 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention, as transformers names it: sdpa, eager, …"}
     )
+
+    @property
+    def tokenizer_place(self) -> dict[str, Any]:
+        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
+        return {
+            "name_or_path": self.tokenizer_name or self.model_name_or_path,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision if self.tokenizer_name is None else None,
+        }
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
+        return {
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+        }
+
+
+@dataclass
+class ModelArguments(SavedModelArguments):
+    """The same where it is trained, perhaps by an adapter."""
+
     use_peft: bool = field(
         default=False, metadata={"help": "train a LoRA adapter and leave the model's own weights as they are"}
     )
@@ -61,25 +86,6 @@ class ModelArguments:
             raise ConfigError(f"lora_r is {self.lora_r}; expected at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
-
-    @property
-    def tokenizer_place(self) -> dict[str, Any]:
-        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
-        return {
-            "name_or_path": self.tokenizer_name or self.model_name_or_path,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision if self.tokenizer_name is None else None,
-        }
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
-        return {
-            "dtype": self.dtype,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision,
-            "attn_implementation": self.attn_implementation,
-        }
 
     def peft_config(self) -> LoraConfig | None:
         """The adapter that is asked for, if one is."""

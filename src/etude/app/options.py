@@ -93,6 +93,16 @@ COMMANDS = {
     ),
     "reinforce_plus_plus": _without_critic("REINFORCE++", "ReinforcePlusPlusConfig"),
     "iterative_sft": _without_critic("imitating its best episodes", "IterativeSFTConfig"),
+    "eval": Command(
+        "Measure a model on tasks, clean and under noise, perhaps beside another model.",
+        {
+            "Model": "etude.app.arguments:SavedModelArguments",
+            "Tasks": "etude.app.eval_arguments:EvalTaskArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Evaluation": "etude.app.eval_arguments:EvaluationArguments",
+        },
+        module="eval",
+    ),
 }
 
 # Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is

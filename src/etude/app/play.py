@@ -13,11 +13,8 @@ from typing import Any
 from transformers import set_seed
 
 from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArguments, TaskArguments
-from etude.app.references import load_object
-from etude.environments.text import TextEnvironment
+from etude.app.environment import EnvironmentCode
 from etude.models.loading import load_tokenizer
-from etude.models.reward_adapter import RewardAdapter
-from etude.rewards.adapter import AdapterReward
 from etude.trainers.policy import PolicyTrainer
 
 
@@ -38,9 +35,7 @@ def train_by_playing(
         seed: of what starts at random.
     """
     # Code and data come before the model: mistakes in them show at once.
-    tools = [load_object(reference, "etude.tools") for reference in episodes.tools]
-    rewards = [load_object(reference, "etude.rewards") for reference in episodes.rewards]
-    reward_fn = load_object(episodes.reward_fn, "etude.rewards") if episodes.reward_fn else None
+    code = EnvironmentCode.load(episodes)
     train, validation, held_out = (tasks.rows(part) for part in ("train", "eval", "test"))
 
     set_seed(seed)  # a value head and an adapter start at random
@@ -50,23 +45,7 @@ def train_by_playing(
         peft_config=model_arguments.peft_config(),
         **model_arguments.loading,
     )
-    if episodes.reward_adapter is not None:
-        rewards.append(AdapterReward(RewardAdapter.load(model, episodes.reward_adapter)))
-    environment = TextEnvironment(
-        model,
-        tokenizer,
-        tools=tools,
-        rewards=rewards,
-        reward_fn=reward_fn,
-        prompt=episodes.prompt_text(),
-        max_turns=episodes.max_turns,
-        max_tool_reponse=episodes.max_tool_response,
-        max_tool_response_tokens=episodes.max_tool_response_tokens,
-        max_tool_calls=episodes.max_tool_calls,
-        max_length=episodes.max_length,
-        tool_timeout=episodes.tool_timeout,
-        generation_kwargs=episodes.generation,
-    )
+    environment = code.environment(model, tokenizer)
     trainer = make_trainer(
         model=model,
         environment=environment,

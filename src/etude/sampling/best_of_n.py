@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
 from etude.errors import ConfigError, RewardError
-from etude.sampling.draw import mix
+from etude.math.counters import mix
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
