@@ -111,8 +111,8 @@ def rate_difference(
         low = d − √((p − l)² − 2 φ (p − l)(u' − p') + (u' − p')²),
 
     and `high` accordingly. A positive covariance is first lowered by the equivalent of half a task (as
-    there), so that two sides that agree on every task still leave room for doubt. With several samples per task φ is
-    that of the tasks' rates (Zou & Donner 2008 for the general form).
+    there), so that two sides that agree on every task still leave room for doubt. With several samples per
+    task φ is that of the tasks' rates (Zou & Donner 2008 for the general form).
     """
     p, q = rate_interval(*first, confidence, most), rate_interval(*second, confidence, most)
     covariance, tasks = _cross(*first, *second), len(first[0])
