@@ -24,26 +24,21 @@ from etude.errors import ConfigError, DataError
 
 WORDS = st.sampled_from(
     [
-        *[
-            "What",
-            "is",
-            "738*46+19",
-            "(3",
-            "+",
-            "4)",
-            "/",
-            "2",
-            "v2",
-            "the",
-            "sum",
-            "of",
-            "1,000.50",
-            "<call>",
-        ],
+        "What",
+        "is",
+        "738*46+19",
+        "(3",
+        "+",
+        "4)",
+        "/",
+        "2",
+        "v2",
+        "the",
+        "1,000.50",
+        "<call>",
         "straße",
         "мир",
         "二",
-        "y=3\n",
     ]
 )
 TEXTS = st.lists(WORDS, max_size=12).map(" ".join) | st.text(max_size=30)
