@@ -148,7 +148,7 @@ def test_gradients_of_entropies_by_finite_differences(finish, bias):
     targets = torch.tensor([0, 6, 3, 3, 1])
 
     def scores(*inputs):
-        return _LinearHead.apply(*inputs, targets, finish, 0.7, True, 2)
+        return _LinearHead.apply(*inputs, targets, finish, 2, 0.7, True)[:2]
 
     assert torch.autograd.gradcheck(scores, inputs)
 

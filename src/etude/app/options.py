@@ -190,10 +190,13 @@ def _options_of(cls: type, title: str) -> Iterator[Option]:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """What the `Attributes:` of a class's docstring say, by name."""
-    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
-    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: text for names, text in entries for name in names.split(", ")}
+    """What the `Attributes:` of its docstring and of those it inherits from say, by name."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        _, _, section = inspect.cleandoc(each.__doc__ or "").partition("\nAttributes:\n")
+        entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+        found |= {name: text for names, text in entries for name in names.split(", ")}
+    return found
 
 
 def _written(hint: Any) -> str:

@@ -5,7 +5,6 @@ The script behind the command: copy it and change what you like.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from transformers import set_seed
@@ -13,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from etude.app.arguments import DataArguments, ModelArguments, RunArguments
 from etude.errors import CheckpointError, ConfigError
-from etude.models.loading import load_causal_lm, load_tokenizer
+from etude.models.loading import load_language_model, load_tokenizer
 from etude.trainers.sft import SFTTrainer
 from etude.trainers.sft_config import SFTConfig
 
@@ -22,14 +21,12 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
     """Train, and leave the model in `config.output_dir`."""
     if data.eval_dataset is not None and config.eval_strategy == "no" and not config.eval_on_start:
         raise ConfigError("eval_dataset does nothing while eval_strategy is no; set it to epoch or steps")
-    if not sys.stderr.isatty():
-        config.disable_tqdm = True  # a bar redraws itself, a log can't
     checkpoint = _checkpoint(start.resume_from_checkpoint, str(config.output_dir))
     train, validation = data.rows("train"), data.rows("eval")  # before the model: mistakes show at once
 
     set_seed(config.seed)  # an adapter starts at random
     tokenizer = load_tokenizer(**model_arguments.tokenizer_place)
-    model = load_causal_lm(
+    model = load_language_model(
         model_arguments.model_name_or_path,
         peft_config=model_arguments.peft_config(),
         **model_arguments.loading,
@@ -44,7 +41,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        print(f"model: {config.output_dir}")
+        print(f"model: {config.output_dir}\nreport: {Path(str(config.output_dir), 'report.html')}")
 
 
 def _checkpoint(resume: bool | str | None, output_dir: str) -> str | None:

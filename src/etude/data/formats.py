@@ -1,20 +1,27 @@
-"""Dataset rows → episodes to imitate.
+"""Dataset rows → episodes to imitate, and prompts.
 
-Four formats, told apart by their columns:
+The formats, told apart by their columns:
 
-    text                  all of it is imitated
-    prompt, completion    strings or message lists; the completion is imitated
-    messages [, tools]    the assistant's messages are imitated
-    segments              [{"source": "prompt" | "model" | "tool" | "environment", "text": ...}]: how run
-                          directories keep episodes; what the model wrote is imitated
+    text                            all of it is imitated
+    messages [, tools]              the assistant's messages are imitated
+    segments                        [{"source": "prompt" | "model" | "tool" | "environment", "text": ...}]:
+                                    how run directories keep episodes; what the model wrote is imitated
+    prompt                          what a model is to answer
+    prompt, completion              the completion is imitated
+    [prompt,] chosen, rejected      two answers (`preferences`); without a prompt it is what both begin with
+    prompt, completion, label       an answer that is wanted or isn't (`preferences`)
+    prompt, completions, labels     an answer in steps, each right or wrong (`steps`)
 
-Not covered: reading files (`files`), preference pairs, prompts without a completion.
+Prompts and answers are strings or lists of messages. Messages come with `tools`, a list or its JSON, where
+the dataset has such a column.
+
+Not covered: reading files (`files`), making one format of another (`conversions`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -24,35 +31,95 @@ from etude.data.templates import conversation_segments
 from etude.errors import DataError
 from etude.types import SOURCES, Episode, Segment, Source
 
-Format = Literal["segments", "messages", "prompt-completion", "text"]
-_COLUMNS: dict[Format, tuple[str, ...]] = {
+Format = Literal[
+    "text",
+    "messages",
+    "segments",
+    "prompt",
+    "prompt-completion",
+    "preference",
+    "unpaired-preference",
+    "stepwise",
+]
+COLUMNS: Mapping[Format, tuple[str, ...]] = {
     "segments": ("segments",),
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
+    "prompt": ("prompt",),
+    "preference": ("chosen", "rejected"),
+    "unpaired-preference": ("prompt", "completion", "label"),
+    "stepwise": ("prompt", "completions", "labels"),
 }
+DEMONSTRATIONS: tuple[Format, ...] = ("segments", "messages", "prompt-completion", "text")
 
 
-def detect_format(columns: Collection[str]) -> Format:
-    """Which format these columns are in.
+def detect_format(columns: Collection[str], accepted: Sequence[Format] = DEMONSTRATIONS) -> Format:
+    """Which of the accepted formats these columns are in; further columns don't matter.
+
+    Where one format's columns are among another's (prompt; prompt with completion), the larger one counts.
 
     Raises:
         DataError: none, or more than one.
     """
-    accepted = "; ".join(" + ".join(needed) for needed in _COLUMNS.values())
-    found = [name for name, needed in _COLUMNS.items() if set(needed) <= set(columns)]
-    if len(found) == 1:
-        return found[0]
+    fitting = fitting_formats(columns, accepted)
+    if len(fitting) == 1:
+        return fitting[0]
     listed = ", ".join(map(repr, columns)) or "none"
-    if found:
+    if fitting:
         raise DataError(
-            f"the columns ({listed}) fit {len(found)} formats: {', '.join(found)}. Keep the columns of one "
-            "of them (dataset.select_columns)"
+            f"the columns ({listed}) fit {len(fitting)} formats: {', '.join(fitting)}. Keep the columns of "
+            "one of them (dataset.select_columns)"
         )
+    known = fitting_formats(columns, tuple(COLUMNS))
+    kind = f" ({' or '.join(known)})" if known else ""
+    expected = "; ".join(_described(name) for name in accepted)
     raise DataError(
-        f"the columns are {listed}; expected one of these combinations: {accepted}. Rename columns with "
-        "dataset.rename_column, or build them with dataset.map"
+        f"the columns are {listed}{kind}; expected one of these combinations: {expected}. Rename columns "
+        "with dataset.rename_column, or build them with dataset.map"
     )
+
+
+def fitting_formats(columns: Collection[str], among: Sequence[Format]) -> list[Format]:
+    """Formats whose columns are all there, without those that another one of them includes."""
+    found = [name for name in among if set(COLUMNS[name]) <= set(columns)]
+    return [a for a in found if not any(set(COLUMNS[a]) < set(COLUMNS[b]) for b in found)]
+
+
+def _described(name: Format) -> str:
+    return ("[prompt +] " if name == "preference" else "") + " + ".join(COLUMNS[name])
+
+
+def to_prompt(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Segment:
+    """Tokenise what the model is to answer: `prompt`, a string or messages.
+
+    Messages end with the header of the assistant's answer.
+
+    Raises:
+        DataError: the prompt is neither, or the template can't render it.
+    """
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return Segment("prompt", prompt, encode_prompt(tokenizer, prompt))
+    if not isinstance(prompt, list):
+        raise DataError(f"prompt is a {type(prompt).__name__}; expected a string or a list of messages")
+    segments = conversation_segments(tokenizer, prompt, tools_of(row), add_generation_prompt=True)
+    return Segment(
+        "prompt", "".join(s.text for s in segments), [token for s in segments for token in s.token_ids]
+    )
+
+
+def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The row's tools, given as a list or its JSON; None where there are none."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(
+                f"tools is not JSON ({error}): {tools[:60]!r}; expected a list or its JSON"
+            ) from error
+    return tools or None
 
 
 def to_episode(
@@ -108,7 +175,7 @@ def to_episode(
                     "expected two strings or two lists of messages"
                 )
     if append_eos and kind != "messages":
-        _append_eos(segments, tokenizer)
+        append_end(segments, tokenizer)
     return Episode(task=dict(row), segments=segments)
 
 
@@ -129,11 +196,8 @@ def _message_segments(
     assistant_only: bool,
     whole: bool,
 ) -> list[Segment]:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = json.loads(tools)
     start = 0 if whole else len(prompt)
-    segments = conversation_segments(tokenizer, [*prompt, *completion], tools or None, target_from=start)
+    segments = conversation_segments(tokenizer, [*prompt, *completion], tools_of(row), target_from=start)
     if not assistant_only:
         targets = (i for i, segment in enumerate(segments) if segment.target)
         for segment in segments[next(targets, len(segments)) if start else 0 :]:
@@ -187,7 +251,7 @@ def _stored_ids(
     return stored
 
 
-def _append_eos(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> None:
+def append_end(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> None:
     """End with the EOS, if the model spoke last and didn't end with it."""
     eos = tokenizer.eos_token_id
     if eos is None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout as dropped
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -44,11 +45,13 @@ class Scores:
         scaling: the factor of q·k; 1/√d if None.
         softcap: scores are squashed into ±softcap, softcap · tanh(score / softcap) (Gemma 2).
         sinks_H: per head, the score of a key that every query sees and that has no value (GPT-OSS).
+        dropout: the share of weights that is left out.
     """
 
     scaling: float | None = None
     softcap: float | None = None
     sinks_H: Tensor | None = None
+    dropout: float = 0.0
 
     @property
     def plain(self) -> bool:
@@ -66,11 +69,13 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    dropout: float = 0.0,
     **others: Any,
 ) -> Tensor:
     """Attention of each sequence in a flat step. `query` [1, H, T, d], `key`/`value` [1, H_kv, T, d].
 
-    Without dropout, whatever the model's mode: a policy's update needs the very distribution that sampled.
+    Without dropout unless the plan asks for it, whatever the model's mode: a policy's update needs the very
+    distribution that sampled.
 
     Returns [1, T, H, d], the layout that attention functions of `transformers` return.
 
@@ -81,7 +86,8 @@ def packed_attention(
         if isinstance(tensor, Tensor) and name not in _KNOWN_TENSORS:
             raise ModelError(f"packed attention doesn't serve {name!r} ({type(module).__name__})")
     query, key, value = query[0], key[0], value[0]
-    scores = Scores(scaling, softcap, s_aux)
+    keeps_all = plan.cache is not None or not plan.dropout
+    scores = Scores(scaling, softcap, s_aux, 0.0 if keeps_all else dropout)
     layer: int | None = getattr(module, "layer_idx", None)
     if layer is not None:
         plan.windows[layer] = sliding_window
@@ -124,7 +130,9 @@ def _attend_roots(qkv: QKV, plan: PackedPlan, scores: Scores, window: int | None
         return torch.cat([_attend(q, k, v, scores, window) for q, k, v in parts], dim=1)
     q, k, v = (cells.rows_of(tensor) for tensor in qkv)
     gqa = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
+    out = scaled_dot_product_attention(
+        q, k, v, dropout_p=scores.dropout, scale=scores.scaling, is_causal=True, enable_gqa=gqa
+    )
     return cells.flat_of(out)
 
 
@@ -140,7 +148,9 @@ def _attend_branches(prefix: QKV, own: QKV, branches: Branches, scores: Scores, 
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(shared, rows, strict=True))
         if again:
             gqa = q.shape[1] != k.shape[1]
-            out = scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
+            out = scaled_dot_product_attention(
+                q, k, v, dropout_p=scores.dropout, scale=scores.scaling, is_causal=True, enable_gqa=gqa
+            )
             return cells.flat_of(out[:, :, past:])
         stacked = rows[0].unflatten(1, (k.shape[1], -1))  # as in _attend
         mask = _looks_back(cells.width, past + cells.width, None, q.device).repeat(stacked.shape[2], 1)
@@ -237,7 +247,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, window: int | None)
     if scores.plain and n == m and n > 1 and not (window and window < m):
         gqa = heads != kv_heads
         return scaled_dot_product_attention(
-            q[None], k[None], v[None], scale=scores.scaling, is_causal=True, enable_gqa=gqa
+            q[None],
+            k[None],
+            v[None],
+            dropout_p=scores.dropout,
+            scale=scores.scaling,
+            is_causal=True,
+            enable_gqa=gqa,
         )[0]
     # Query heads that share a key head are stacked as more queries of it: no copy of keys is made.
     groups = heads // kv_heads
@@ -258,7 +274,9 @@ def _looks_back(n: int, m: int, window: int | None, device: torch.device) -> Ten
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
     """`q` [B, H_kv, G·n, d], where G query heads of n positions each lie under the key head they share."""
     if scores.plain:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scaling)
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=scores.dropout, scale=scores.scaling
+        )
     scaling = q.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
     logits = q @ k.transpose(-1, -2) * scaling
     if scores.softcap is not None:
@@ -271,7 +289,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Score
         sinks = scores.sinks_H.to(logits.dtype).unflatten(0, (q.shape[1], -1))
         repeats = q.shape[-2] // sinks.shape[1]
         total = torch.logaddexp(total, sinks.repeat_interleave(repeats, dim=1).unsqueeze(-1))
-    return (logits - total).exp().to(v.dtype) @ v
+    return dropped((logits - total).exp().to(v.dtype), scores.dropout) @ v
 
 
 def install(model: PreTrainedModel) -> None:

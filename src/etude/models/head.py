@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,20 @@ CHUNK_BYTES = 64 * 2**20  # of float32 logits; a pass whose logits fit keeps the
 
 # By these settings some families multiply their logits (1), or divide them (−1).
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+
+
+class TokenScores(NamedTuple):
+    """What is known of M tokens.
+
+    Attributes:
+        logprobs: [M] float32 or better, with gradient.
+        entropies: of the distributions that they were drawn from [M], with gradient where asked.
+        hits: whether each token was the likeliest [M].
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    hits: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,51 +112,88 @@ class ChunkedHead:
             states.append(whole)
             return whole[..., :0, :], *others
 
+        with self._hooks(take):
+            yield states
+
+    @contextmanager
+    def scoring(self, wanted: Tensor | None, targets_M: Tensor) -> Iterator[list[TokenScores]]:
+        """Inside, the model's forward gives logits of no position and leaves the scores of `targets_M` here.
+
+        They are computed within that forward, where all that wraps the model (sharded weights, autocast)
+        is in force, so that it can be called from outside the wrapper.
+
+        Args:
+            wanted: flat positions of the states of the targets; None if no others enter the layer.
+        """
+        scores: list[TokenScores] = []
+        layer = self.layer
+        assert layer is not None
+        is_plain, call = _is_plain(layer), layer.forward  # before there are hooks of ours, and past them
+
+        def score(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            whole, *others = args
+            states_MD = whole.flatten(0, -2)
+            if wanted is not None:
+                states_MD = states_MD[wanted]
+            scores.append(self._score(layer, call, is_plain, states_MD, targets_M, (1.0, False)))
+            return whole[..., :0, :], *others
+
+        with self._hooks(score):
+            yield scores
+
+    @contextmanager
+    def _hooks(self, before: Callable[..., tuple[Tensor, ...]]) -> Iterator[None]:
         def detach(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output.detach()  # else its backward would fill a gradient [V, D] with zeros
 
         layer = self.layer
         assert layer is not None
-        handles = [layer.register_forward_pre_hook(take), layer.register_forward_hook(detach)]
+        handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(detach)]
         try:
-            yield states
+            yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def __call__(
         self, states_MD: Tensor, targets_M: Tensor, temperature: float, entropy_gradient: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [M] of `targets_M`, with gradient, and entropies [M], with one where asked."""
+    ) -> TokenScores:
+        """Scores of `targets_M` at the states before them; entropies have a gradient where asked."""
         layer = self.layer
         assert layer is not None
-        vocabulary = self.model.config.get_text_config().vocab_size
-        rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes)
-        if rows >= len(states_MD):
-            return self._at_once(layer, states_MD, targets_M, temperature, entropy_gradient)
-        if _is_plain(layer):
-            parameters = layer.weight, layer.bias
-            scores: tuple[Tensor, Tensor] = _LinearHead.apply(
-                states_MD, *parameters, targets_M, self.finish, temperature, entropy_gradient, rows
-            )
-            return scores
-        score = partial(self._at_once, temperature=temperature, entropy_gradient=entropy_gradient)
-        parts = [
-            checkpoint(score, layer, states_CD, targets_C, use_reentrant=False)
-            for states_CD, targets_C in zip(states_MD.split(rows), targets_M.split(rows), strict=True)
-        ]
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        how = (temperature, entropy_gradient)
+        return self._score(layer, layer, _is_plain(layer), states_MD, targets_M, how)
 
-    def _at_once(
+    def _score(
         self,
         layer: nn.Module,
-        states_CD: Tensor,
-        targets_C: Tensor,
-        temperature: float,
-        entropy_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return token_scores(self.finish(layer(states_CD)), targets_C, temperature, entropy_gradient)
+        call: Callable[[Tensor], Tensor],
+        is_plain: bool,
+        states_MD: Tensor,
+        targets_M: Tensor,
+        how: tuple[float, bool],
+    ) -> TokenScores:
+        """By `call`, which is the layer, or what is left of it within its own hooks.
+
+        Args:
+            how: the temperature, and whether entropies have a gradient.
+        """
+        vocabulary = self.model.config.get_text_config().vocab_size
+        rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes)
+        if is_plain and rows < len(states_MD):
+            parameters = layer.weight, layer.bias
+            return TokenScores(*_LinearHead.apply(states_MD, *parameters, targets_M, self.finish, rows, *how))
+
+        def at_once(states_CD: Tensor, targets_C: Tensor) -> TokenScores:
+            return token_scores(self.finish(call(states_CD)), targets_C, *how)
+
+        if rows >= len(states_MD):
+            return at_once(states_MD, targets_M)
+        parts = [
+            checkpoint(at_once, states_CD, targets_C, use_reentrant=False)
+            for states_CD, targets_C in zip(states_MD.split(rows), targets_M.split(rows), strict=True)
+        ]
+        return TokenScores(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def _explains_logits(self) -> bool:
@@ -154,6 +204,8 @@ class ChunkedHead:
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             keep["logits_to_keep"] = torch.tensor([3, 7], device=self.model.device)
         ids = torch.tensor(probes(self.model, (9,)), device=self.model.device)
+        if self.model.config.is_encoder_decoder:
+            keep["decoder_input_ids"] = ids
         training = self.model.training
         self.model.eval()
         try:
@@ -197,13 +249,17 @@ def chunk_rows(count: int, vocabulary: int, chunk_bytes: int) -> int:
 
 def token_scores(
     logits_MV: Tensor, targets_M: Tensor, temperature: float, entropy_gradient: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [M], with gradient, and entropies [M], with one where asked."""
+) -> TokenScores:
+    """Of whole logits; entropies have a gradient where asked."""
     logprobs_M = token_logprobs(logits_MV, targets_M, temperature)
     if entropy_gradient:
-        return logprobs_M, entropy(logits_MV, temperature)
+        entropies_M = entropy(logits_MV, temperature)
     with torch.no_grad():  # last, where a checkpoint's second forward needn't reach
-        return logprobs_M, entropy(logits_MV.detach(), temperature)
+        logits_MV = logits_MV.detach()
+        hits_M = logits_MV.gather(-1, targets_M[:, None])[:, 0] >= logits_MV.amax(-1)
+        if not entropy_gradient:
+            entropies_M = entropy(logits_MV, temperature)
+    return TokenScores(logprobs_M, entropies_M, hits_M)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -227,27 +283,27 @@ class _LinearHead(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_M: Tensor,
         finish: Finish,
+        rows: int,
         temperature: float,
         entropy_gradient: bool,
-        rows: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _computing_dtype(weight_VD)
         precise = torch.promote_types(dtype, torch.float32)
         totals_M, logprobs_M, entropies_M = (
             states_MD.new_empty(len(states_MD), dtype=precise) for _ in range(3)
         )
+        hits_M = torch.empty_like(totals_M, dtype=torch.bool)
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
                 logits_CV = finish(linear(states_MD[here].to(dtype), weight, bias))
                 scores = _scores(scaled_logits(logits_CV, temperature), targets_M[here, None])
-                logprobs_M[here], entropies_M[here], totals_M[here] = scores
+                logprobs_M[here], entropies_M[here], totals_M[here], hits_M[here] = scores
         kept_M = entropies_M if entropy_gradient else None
         ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M, kept_M)
         ctx.settings = finish, temperature, rows, dtype
-        if not entropy_gradient:
-            ctx.mark_non_differentiable(entropies_M)
-        return logprobs_M, entropies_M
+        ctx.mark_non_differentiable(hits_M, *(() if entropy_gradient else (entropies_M,)))
+        return logprobs_M, entropies_M, hits_M
 
     @staticmethod
     @once_differentiable
@@ -283,8 +339,8 @@ class _LinearHead(torch.autograd.Function):
         return d_states, d_weight, d_bias, None, None, None, None, None
 
 
-def _scores(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the targets, entropies, logsumexps; [C] each. Overwrites the logits."""
+def _scores(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the targets, entropies, logsumexps, hits; [C] each. Overwrites the logits."""
     highest_C = logits_CV.amax(-1)
     logits_CV.sub_(highest_C[:, None])
     chosen_C = logits_CV.gather(-1, targets_C1)[:, 0]
@@ -293,7 +349,7 @@ def _scores(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tens
     logits_CV.clamp_(min=torch.finfo(logits_CV.dtype).min)  # 0 · −inf would be NaN
     mean_C = weights_CV.mul_(logits_CV).sum(-1) / totals_C
     totals_C.log_()
-    return chosen_C - totals_C, totals_C - mean_C, highest_C + totals_C
+    return chosen_C - totals_C, totals_C - mean_C, highest_C + totals_C, chosen_C == 0
 
 
 def _logits_gradient(

@@ -28,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -99,6 +100,7 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     peft_config: PeftConfig | None = None,
     is_trainable: bool = True,
+    seq2seq: bool = False,
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
     """A decoder with a language-model head, from a directory or hub id.
@@ -110,6 +112,7 @@ def load_causal_lm(
         trust_remote_code: run Python code that comes with the checkpoint; pin `revision` if you do.
         peft_config: put a fresh adapter on the model.
         is_trainable: False freezes all parameters, a loaded adapter's included.
+        seq2seq: where there is an encoder-decoder, take that.
         options: anything else that transformers' `from_pretrained` knows.
 
     Returns:
@@ -132,11 +135,10 @@ def load_causal_lm(
 
     model: PreTrainedModel | PeftModel
     if adapter is None:
-        model = _load_trunk(name, {**options, **place})
+        model = _load_trunk(name, {**options, **place}, seq2seq=seq2seq)
     else:
-        model = _load_trunk(
-            base_of(adapter, name), {**_without(options, "subfolder"), "revision": adapter.revision}
-        )
+        options = {**_without(options, "subfolder"), "revision": adapter.revision}
+        model = _load_trunk(base_of(adapter, name), options, seq2seq=seq2seq)
         with explained("the adapter", name), current_peft():
             model = PeftModel.from_pretrained(model, name, is_trainable=is_trainable, **place)
     if peft_config is not None:
@@ -144,6 +146,17 @@ def load_causal_lm(
     if not is_trainable:
         model.requires_grad_(False)
     return model.eval() if device is None else model.eval().to(device)
+
+
+def load_language_model(name_or_path: str | os.PathLike[str], **options: Any) -> PreTrainedModel | PeftModel:
+    """A decoder with a language-model head, or an encoder-decoder with one: whichever is there.
+
+    The options are those of `load_causal_lm`.
+
+    Raises:
+        ModelError: there is no such place, neither of them in it, or an option is unknown.
+    """
+    return load_causal_lm(name_or_path, seq2seq=True, **options)
 
 
 def load_decoder(
@@ -298,7 +311,9 @@ def find_file(name: str, file: str, **place: Any) -> str | None:
     )
 
 
-def _load_trunk(name: str, options: Mapping[str, Any], headless: bool = False) -> PreTrainedModel:
+def _load_trunk(
+    name: str, options: Mapping[str, Any], headless: bool = False, seq2seq: bool = False
+) -> PreTrainedModel:
     place = {key: options[key] for key in HUB_OPTIONS if key in options}
     if os.path.isdir(name) and find_file(name, "config.json", **place) is None:
         raise ModelError(
@@ -307,21 +322,30 @@ def _load_trunk(name: str, options: Mapping[str, Any], headless: bool = False) -
         )
     with explained("the model", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"], **place)
+    auto: Any
+    auto, harmless = AutoModelForCausalLM, VALUE_HEAD_KEY
+    if headless:
+        auto, harmless = _without_head(config), re.compile("")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name!r} is an encoder-decoder model ({config.model_type}); expected a decoder")
-    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+        if not seq2seq:
+            raise ModelError(
+                f"{name!r} is an encoder-decoder model ({config.model_type}); expected a decoder"
+            )
+        auto = AutoModelForSeq2SeqLM
+    elif not _is_decoder(config):
         raise ModelError(
             f"{name!r} is a {config.model_type} model, of which transformers knows no causal language model; "
             "expected a decoder with a language-model head"
         )
-    auto, harmless = AutoModelForCausalLM, VALUE_HEAD_KEY
-    if headless:
-        auto, harmless = _without_head(config), re.compile("")
     with explained("the model", name), _quiet_about_unexpected(harmless) as seen:
         loaded: Any = auto.from_pretrained(name, output_loading_info=True, **options)
         model, seen["info"] = loaded
     return model
+
+
+def _is_decoder(config: PreTrainedConfig) -> bool:
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or has_own_code
 
 
 def _without_head(config: PreTrainedConfig) -> Any:

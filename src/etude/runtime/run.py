@@ -205,6 +205,10 @@ class RunDirectory:
         """
         for directory in [directory for later, directory in self.checkpoints().items() if later > step]:
             _delete(directory)
+        self.truncate_rows(step)
+
+    def truncate_rows(self, step: int) -> None:
+        """The same for rows only; checkpoints stay."""
         for file in (self.path / METRICS, self.path / EPISODES):
             if file.exists():
                 with _replacing(file) as kept:
