@@ -102,7 +102,7 @@ def make_model(name: str, attention: str | None = None) -> LlamaForCausalLM:
 
 
 def settings_of(request: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Of `transformers.TrainingArguments`: one optimizer step per epoch, in float32, and nothing beside it."""
+    """Of `transformers.TrainingArguments`: one optimizer step per epoch, in float32, nothing beside it."""
     return {
         "output_dir": folder,
         "num_train_epochs": request["steps"],

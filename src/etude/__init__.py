@@ -16,20 +16,25 @@ _EXPORTS = {
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
     "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
+    "CharacterNoise": "etude.data.noise",
     "ClassifierReward": "etude.rewards.classifier",
     "CPOConfig": "etude.trainers.preference_config",
     "CPOTrainer": "etude.trainers.cpo",
     "create_reference_model": "etude.models.reference",
+    "Distraction": "etude.data.noise",
     "DPOConfig": "etude.trainers.dpo_config",
     "DPOTrainer": "etude.trainers.dpo",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
+    "evaluate": "etude.evaluation.evaluate",
+    "Evaluation": "etude.evaluation.evaluate",
     "Experience": "etude.trainers.experience",
     "FunctionReward": "etude.rewards.function",
     "GroupConfig": "etude.trainers.group_config",
     "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "Injection": "etude.data.noise",
     "IterativeSFTConfig": "etude.trainers.group_config",
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
     "KTOConfig": "etude.trainers.kto_config",
@@ -41,6 +46,7 @@ _EXPORTS = {
     "ORPOConfig": "etude.trainers.preference_config",
     "ORPOTrainer": "etude.trainers.orpo",
     "OverlongPenalty": "etude.rewards.overlong",
+    "Paraphrase": "etude.data.noise",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
     "PRMConfig": "etude.trainers.reward_config",
@@ -71,6 +77,7 @@ _EXPORTS = {
     "TextHistory": "etude.environments.history",
     "ToolErrorPenalty": "etude.rewards.tool_errors",
     "ValueModel": "etude.models.value_model",
+    "WordDrop": "etude.data.noise",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -78,12 +85,19 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from transformers.trainer_utils import set_seed as set_seed
 
+    from etude.data.noise import CharacterNoise as CharacterNoise
+    from etude.data.noise import Distraction as Distraction
+    from etude.data.noise import Injection as Injection
+    from etude.data.noise import Paraphrase as Paraphrase
+    from etude.data.noise import WordDrop as WordDrop
     from etude.data.selection import Selection as Selection
     from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.history import TextHistory as TextHistory
     from etude.environments.rejection import sample_dataset as sample_dataset
     from etude.environments.text import TextEnvironment as TextEnvironment
     from etude.errors import EtudeError as EtudeError
+    from etude.evaluation.evaluate import Evaluation as Evaluation
+    from etude.evaluation.evaluate import evaluate as evaluate
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
     from etude.models.value_model import ValueModel as ValueModel

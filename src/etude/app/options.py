@@ -126,6 +126,16 @@ COMMANDS = {
         {"Merging": "etude.app.merge_arguments:MergeArguments"},
         module="merge",
     ),
+    "eval": Command(
+        "Measure a model on tasks, clean and under noise, perhaps beside another model.",
+        {
+            "Model": "etude.app.arguments:FixedModelArguments",
+            "Tasks": "etude.app.eval_arguments:EvalTaskArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Evaluation": "etude.app.eval_arguments:EvaluationArguments",
+        },
+        module="eval",
+    ),
 }
 
 # Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is

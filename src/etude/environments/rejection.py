@@ -23,10 +23,10 @@ from etude.data.selection import Selection, best_first
 from etude.environments.orchestrator import gather_all, play_episodes
 from etude.environments.text import TextEnvironment, task_rows
 from etude.errors import CheckpointError, ConfigError, DataError
+from etude.math.counters import mix
 from etude.math.kl import best_of_n_kl
 from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory
-from etude.sampling.draw import mix
 from etude.types import Episode
 
 

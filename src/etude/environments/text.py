@@ -24,11 +24,11 @@ from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
 from etude.environments.tags import ParsedTurn, TagProtocol, ToolProtocol
 from etude.errors import DataError, EnvironmentSetupError, SamplerError
+from etude.math.counters import mix
 from etude.protocols import Reward, Sampler, Session, Tool
 from etude.rewards.function import SegmentReward, as_reward
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
-from etude.sampling.draw import mix
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
 from etude.tools.contract import ToolLimits, call_tool

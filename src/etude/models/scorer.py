@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from etude.errors import ModelError
-from etude.models.head import CHUNK_BYTES, ChunkedHead, TokenScores, token_scores
+from etude.models.head import CHUNK_BYTES, ChunkedHead, TokenScores, token_scores, weighted
+from etude.models.linear_head import Weigh
 from etude.models.loading import trunk_of, unwrapped
 from etude.models.neftune import noisy_embeddings
 from etude.models.packing import supports_packing
@@ -76,6 +77,19 @@ class TokenScorer:
         with self._noisy(batch, noise), self.head.scoring(states, targets, others) as scores:
             model(**inputs)
         return scores
+
+    def total(self, model: nn.Module, batch: Batch, weigh: Weigh, noise: float = 0.0) -> TokenScores:
+        """Scores with a `total`, Σ weight · log-probability, and its gradient: cheaper than to sum them up.
+
+        Args:
+            weigh: from log-probabilities [C] to weights [C], which count as constants.
+        """
+        if self.head is None:
+            return weighted(self(model, batch, noise), weigh)
+        inputs, states = self._inputs(batch)
+        with self._noisy(batch, noise), self.head.scoring(states, batch["targets"], weigh=weigh) as scores:
+            model(**inputs)
+        return scores[0]
 
     def logits(self, model: nn.Module, batch: Batch, noise: float = 0.0) -> Tensor:
         """Logits [M, V] of the distributions that the batch's targets are drawn from."""

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
 from etude.errors import ConfigError, RewardError
+from etude.math.counters import mix
 from etude.math.kl import best_of_n_kl
 from etude.protocols import Reward
 from etude.runtime.loop import run_sync
-from etude.sampling.draw import mix
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params

@@ -247,8 +247,8 @@ class DataTrainer(Trainer):
         processes would never average their gradients.
         """
         kinds = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        model: Any = self.model
-        if self.model_wrapped is model and self.accelerator.distributed_type in kinds:
+        if self.model_wrapped is self.model and self.accelerator.distributed_type in kinds:
+            model: Any = self.model
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             self.accelerator._models.clear()
             model._is_accelerate_prepared = False
