@@ -50,7 +50,7 @@ def test_an_implicit_prompt_loses_nothing_and_leaves_something(common, left, rig
     assert (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) == (chosen, rejected)
     assert all(row.values()), "something is left of each"
     for answer in (row["chosen"], row["rejected"]):
-        inside = re.search(r"\w$", row["prompt"]) and re.match(r"\w", answer)
+        inside = re.search(r"\w\Z", row["prompt"]) and re.match(r"\w", answer)
         assert not inside, "no word is cut in two"
 
 
