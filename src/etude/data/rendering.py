@@ -92,8 +92,7 @@ class Rendering:
         """
         _check(tokenizer, messages)
         marks = _unused_characters(json.dumps(messages, ensure_ascii=False, default=str))
-        longest_first = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
+        pattern = _control_pattern(tokenizer)
         marked = [
             m if m["role"] in _AUTHOR_ROLES else _mark(m, pattern, f"{marks[0]}\\g<0>{marks[1]}")
             for m in map(_plain, messages)
@@ -250,16 +249,19 @@ class Rendering:
         before a tool call).
         """
         unasked, before = self.text(position), self.text(position - 1) if position > 1 else ""
-        header = asked[len(unasked) :] if asked.startswith(unasked) else ""
-        found = -1
-        if header and text.startswith(before) and self.messages[position - 1]["role"] != "assistant":
-            found = text.find(header, len(before))  # data can't contain it: its control tokens are marked
-        elif asked.startswith(before) and before:
-            header = asked[len(before) :]  # and the last message before it
-            found = text.rfind(header)
-        if found < 0:
-            raise self.rewritten(asked, text, position - 1, header=True)
-        return asked + text[found + len(header) :]
+        header = len(unasked) if asked.startswith(unasked) else len(asked)
+        first = len(before) if text.startswith(before) else 0  # where the last message begins, at least
+        starts = [match.start() for match in _control_pattern(self.tokenizer).finditer(asked)]
+        if first and self.messages[position - 1]["role"] != "assistant":
+            starts.append(header)  # data can't contain it: its control tokens are marked
+        for start in starts:  # the longest ending of what was shown that is still there
+            shown = asked[start:]
+            if start > header or not shown or not (count := text.count(shown, first)):
+                continue
+            if count > 1:
+                break
+            return asked + text[text.index(shown, first) + len(shown) :]
+        raise self.rewritten(asked, text, position - 1, header=True)
 
     def _complete(self, turn: Turn, position: int) -> Turn:
         """The turn, if the template shows all of the message; white space aside, which templates trim."""
@@ -359,6 +361,11 @@ def _parsed(arguments: Any) -> Any:
 
 def _unparsed(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else arguments
+
+
+def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    longest_first = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
 
 
 def _unused_characters(text: str) -> str:
