@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ModelArguments:
-    """The model and its tokenizer."""
+class FixedModelArguments:
+    """A model that stays as it is, and its tokenizer."""
 
     model_name_or_path: str = field(metadata={"help": "directory or hub id of the model"})
     tokenizer_name: str | None = field(
@@ -37,6 +37,35 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention, as transformers names it: sdpa, eager, …"}
     )
+
+    @property
+    def tokenizer_place(self) -> dict[str, Any]:
+        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
+        return {
+            "name_or_path": self.tokenizer_name or self.model_name_or_path,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision if self.tokenizer_name is None else None,
+        }
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
+        return {
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+        }
+
+    def peft_config(self) -> LoraConfig | None:
+        """The fresh adapter that is asked for, if one is."""
+        return None
+
+
+@dataclass
+class ModelArguments(FixedModelArguments):
+    """A model to train, and its tokenizer."""
+
     use_peft: bool = field(
         default=False, metadata={"help": "train a LoRA adapter and leave the model's own weights as they are"}
     )
@@ -62,27 +91,8 @@ class ModelArguments:
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
 
-    @property
-    def tokenizer_place(self) -> dict[str, Any]:
-        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
-        return {
-            "name_or_path": self.tokenizer_name or self.model_name_or_path,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision if self.tokenizer_name is None else None,
-        }
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
-        return {
-            "dtype": self.dtype,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision,
-            "attn_implementation": self.attn_implementation,
-        }
-
     def peft_config(self) -> LoraConfig | None:
-        """The adapter that is asked for, if one is."""
+        """The fresh adapter that is asked for, if one is."""
         from etude.models.loading import lora_config  # loads torch
 
         if not self.use_peft:
@@ -179,6 +189,13 @@ class EnvironmentArguments:
             "the policy has an adapter then, too (use_peft)"
         },
     )
+    reward_model: str | list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "directories or hub ids of reward models and process reward models, whole or LoRA "
+            "adapters, that score episodes with weights of their own"
+        },
+    )
     prompt: str | None = field(default=None, metadata={"help": "text put before each task"})
     prompt_file: str | None = field(default=None, metadata={"help": "the same, read from a file"})
     max_turns: int = field(default=4, metadata={"help": "turns of the model per episode at most"})
@@ -197,10 +214,10 @@ class EnvironmentArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.reward and not self.reward_fn and not self.reward_adapter:
+        if not any((self.reward, self.reward_fn, self.reward_adapter, self.reward_model)):
             raise ConfigError(
                 "an episode needs a score; name code that gives one with reward or reward_fn, or a "
-                "reward_adapter"
+                "reward_model or reward_adapter"
             )
         if self.prompt is not None and self.prompt_file is not None:
             raise ConfigError("prompt and prompt_file are two ways to say the same; give one of them")
@@ -208,6 +225,10 @@ class EnvironmentArguments:
     @property
     def rewards(self) -> list[str]:
         return [self.reward] if isinstance(self.reward, str) else self.reward
+
+    @property
+    def reward_models(self) -> list[str]:
+        return [self.reward_model] if isinstance(self.reward_model, str) else self.reward_model
 
     def prompt_text(self) -> str | None:
         """The prompt itself, or what its file holds, to the character.

@@ -64,18 +64,24 @@ def _without_critic(by: str, config: str) -> Command:
     )
 
 
-COMMANDS = {
-    "sft": Command(
-        "Fine-tune a model on demonstrations.",
+def _on_data(summary: str, module: str, config: str) -> Command:
+    return Command(
+        summary,
         {
             "Model": "etude.app.arguments:ModelArguments",
             "Data": "etude.app.arguments:DataArguments",
             "Run": "etude.app.arguments:RunArguments",
-            "Training": "etude.trainers.sft_config:SFTConfig",
+            "Training": f"etude.trainers.{config}",
         },
-        module="sft",
+        module=module,
         required=("output_dir",),
-    ),
+    )
+
+
+COMMANDS = {
+    "sft": _on_data("Fine-tune a model on demonstrations.", "sft", "sft_config:SFTConfig"),
+    "reward": _on_data("Train a reward model on preferences.", "reward", "reward_config:RewardConfig"),
+    "prm": _on_data("Train a process reward model on answers in steps.", "reward", "reward_config:PRMConfig"),
     "ppo": Command(
         "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
         {
@@ -93,6 +99,30 @@ COMMANDS = {
     ),
     "reinforce_plus_plus": _without_critic("REINFORCE++", "ReinforcePlusPlusConfig"),
     "iterative_sft": _without_critic("imitating its best episodes", "IterativeSFTConfig"),
+    "sample": Command(
+        "Let a model play tasks several times each, and make a dataset of what is good.",
+        {
+            "Model": "etude.app.arguments:FixedModelArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Sampling": "etude.app.sample_arguments:SampleArguments",
+        },
+        module="sample",
+    ),
+    "merge": Command(
+        "Merge adapters into their base model, or average models.",
+        {"Merging": "etude.app.merge_arguments:MergeArguments"},
+        module="merge",
+    ),
+    "eval": Command(
+        "Measure a model on tasks, clean and under noise, perhaps beside another model.",
+        {
+            "Model": "etude.app.arguments:FixedModelArguments",
+            "Tasks": "etude.app.eval_arguments:EvalTaskArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Evaluation": "etude.app.eval_arguments:EvaluationArguments",
+        },
+        module="eval",
+    ),
 }
 
 # Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is

@@ -21,7 +21,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
     """Train, and leave the model in `config.output_dir`."""
     if data.eval_dataset is not None and config.eval_strategy == "no" and not config.eval_on_start:
         raise ConfigError("eval_dataset does nothing while eval_strategy is no; set it to epoch or steps")
-    checkpoint = _checkpoint(start.resume_from_checkpoint, str(config.output_dir))
+    checkpoint = checkpoint_to_resume(start.resume_from_checkpoint, str(config.output_dir))
     train, validation = data.rows("train"), data.rows("eval")  # before the model: mistakes show at once
 
     set_seed(config.seed)  # an adapter starts at random
@@ -44,7 +44,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, start: RunArgument
         print(f"model: {config.output_dir}\nreport: {Path(str(config.output_dir), 'report.html')}")
 
 
-def _checkpoint(resume: bool | str | None, output_dir: str) -> str | None:
+def checkpoint_to_resume(resume: bool | str | None, output_dir: str) -> str | None:
     """The directory to resume from: transformers would look for it after minutes of preparation."""
     if not resume:
         return None

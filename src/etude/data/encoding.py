@@ -138,15 +138,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, add_bos: boo
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer's own call puts before a text: usually the BOS or nothing."""
+    return list(_frame(tokenizer)[0])
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer's own call puts after a text: nothing, or what encoders want there ([SEP])."""
+    return list(_frame(tokenizer)[1])
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     codec = _codec(tokenizer)
-    if codec.bos is None:
-        # Any ordinary word shows what comes before it; the two ends of an empty text can't be told apart.
+    if codec.frame is None:
+        # Any ordinary word shows what comes around it; the two ends of an empty text can't be told apart.
         words = (word for word, index in tokenizer.get_vocab().items() if index not in codec.forbidden)
         word, bare = next(((word, ids) for word in words if (ids := _encode(tokenizer, word))), ("", []))
         full = _encode(tokenizer, word, add_special_tokens=True)
         starts = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-        codec.bos = full[: next(starts, 0)]
-    return list(codec.bos)
+        start = next(starts, 0)
+        codec.frame = full[:start], full[start + len(bare) :] if bare else []
+    return codec.frame
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -203,7 +213,7 @@ class _Codec:
         forbidden: tokens that data must not produce: control and unknown.
         continuing: the tokenizer without its leading space; None where it puts none (or isn't a fast one).
         plain: the same without added tokens; None for tokenizers written in Python.
-        bos: see `bos_ids`; None until asked for.
+        frame: see `bos_ids` and `end_ids`; None until asked for.
         characters: the tokens of single characters, as they come up.
         warned: an escape was logged.
     """
@@ -215,7 +225,7 @@ class _Codec:
     forbidden: frozenset[int]
     continuing: tokenizers.Tokenizer | None = None
     plain: tokenizers.Tokenizer | None = None
-    bos: list[int] | None = None
+    frame: tuple[list[int], list[int]] | None = None
     characters: dict[str, list[int]] = field(default_factory=dict)
     warned: bool = False
 

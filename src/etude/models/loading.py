@@ -49,8 +49,10 @@ HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token"
 # TRL 0.7.4 wrote the value head into the trunk's own file, under these names.
 VALUE_HEAD_KEY = re.compile(r"(?:^|\.)v_head\.")
 
-# What a wrapper calls the model inside it: our value-head models, DDP/FSDP/DeepSpeed, torch.compile.
-_INNER = ("pretrained_model", "module", "_orig_mod")
+_ANY, _NONE = re.compile(""), re.compile("(?!)")
+
+# What a wrapper calls the model in it: our value-head and value models, DDP/FSDP/DeepSpeed, torch.compile.
+_INNER = ("pretrained_model", "model", "module", "_orig_mod")
 
 
 def best_device() -> str:
@@ -129,7 +131,7 @@ def load_causal_lm(
             f"{name!r} is an adapter already, and peft_config asks for a new one. Leave peft_config out to "
             f"go on with this one, or load its base model {adapter.base_model_name_or_path!r} to start afresh"
         )
-    options = {**options, "dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code}
+    options = {**options, "dtype": checked_dtype(dtype), "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
 
@@ -174,7 +176,7 @@ def load_decoder(
         ModelError: there is no such place, no decoder in it, or an option is unknown.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    options = {**given, "dtype": _checked_dtype(dtype), "trust_remote_code": trust_remote_code}
+    options = {**given, "dtype": checked_dtype(dtype), "trust_remote_code": trust_remote_code}
     return _load_trunk(locate(name_or_path, "a model"), options, headless=True).eval()
 
 
@@ -325,7 +327,7 @@ def _load_trunk(
     auto: Any
     auto, harmless = AutoModelForCausalLM, VALUE_HEAD_KEY
     if headless:
-        auto, harmless = _without_head(config), re.compile("")
+        auto, harmless = _without_head(config), _ANY
     if getattr(config, "is_encoder_decoder", False):
         if not seq2seq:
             raise ModelError(
@@ -337,7 +339,7 @@ def _load_trunk(
             f"{name!r} is a {config.model_type} model, of which transformers knows no causal language model; "
             "expected a decoder with a language-model head"
         )
-    with explained("the model", name), _quiet_about_unexpected(harmless) as seen:
+    with explained("the model", name), quiet_about(unexpected=harmless) as seen:
         loaded: Any = auto.from_pretrained(name, output_loading_info=True, **options)
         model, seen["info"] = loaded
     return model
@@ -377,7 +379,12 @@ def base_of(adapter: PeftConfig, name: str) -> str:
     return locate(adapter.base_model_name_or_path, f"the base model of the adapter in {name!r}")
 
 
-def _checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name, or as it is."""
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; expected a torch.dtype or one of {', '.join(DTYPES)}")
     return dtype
@@ -430,8 +437,10 @@ def current_peft() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_about_unexpected(harmless: re.Pattern[str]) -> Iterator[dict[str, Any]]:
-    """Hold back transformers' report on the weights it loaded if all it reports is `harmless` ones unused.
+def quiet_about(
+    unexpected: re.Pattern[str] = _NONE, missing: re.Pattern[str] = _NONE
+) -> Iterator[dict[str, Any]]:
+    """Hold back transformers' report on the weights it loaded if these names are all that it reports.
 
     The caller puts the loading info under "info". A report on anything else is passed on, and so is one
     that precedes an error.
@@ -452,8 +461,13 @@ def _quiet_about_unexpected(harmless: re.Pattern[str]) -> Iterator[dict[str, Any
     finally:
         logger.removeFilter(hold)
         info = seen.get("info", {"error_msgs": ["not loaded"]})
-        strange = {key for key in info.get("unexpected_keys", ()) if not harmless.search(key)}
-        if strange or any(info.get(key) for key in ("missing_keys", "mismatched_keys", "error_msgs")):
+        strange = [
+            key
+            for kind, harmless in (("unexpected_keys", unexpected), ("missing_keys", missing))
+            for key in info.get(kind, ())
+            if not harmless.search(key)
+        ]
+        if strange or any(info.get(key) for key in ("mismatched_keys", "error_msgs")):
             for record in held:
                 logger.handle(record)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -158,6 +159,17 @@ class DataTrainer(Trainer):
     def load_model(self, name: str, **options: Any) -> Model:
         return load_language_model(name, **options)
 
+    def adopt(self, model: Any) -> Model:
+        """What is trained, made of a model that is loaded already."""
+        return model
+
+    def add_adapter_to(self, model: Model, peft_config: PeftConfig) -> Model:
+        return add_adapter(model, peft_config)
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of the metrics' means."""
+        return means
+
     def prepare(self, model: Model) -> None:
         """Look at the model before data is tokenised and anything is wrapped."""
 
@@ -225,7 +237,21 @@ class DataTrainer(Trainer):
         output = super().evaluation_loop(*args, **options)
         if output.metrics is not None:
             output.metrics.update({f"{prefix}_{k}": v for k, v in self._means("eval").items()})
+        self._unprepare()
         return output
+
+    def _unprepare(self) -> None:
+        """After an evaluation before training, let the model be prepared again.
+
+        accelerate takes a model that it has prepared for evaluation for one that is ready to train: several
+        processes would never average their gradients.
+        """
+        kinds = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.model_wrapped is self.model and self.accelerator.distributed_type in kinds:
+            model: Any = self.model
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            self.accelerator._models.clear()
+            model._is_accelerate_prepared = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with a training loss the means of the metrics since the last one."""
@@ -253,7 +279,7 @@ class DataTrainer(Trainer):
             if count
         }
         totals.clear()
-        return means
+        return self.summary(means)
 
     # ---- what is left behind ----
 
@@ -314,6 +340,8 @@ class DataTrainer(Trainer):
             model = self.load_model(model, **(args.model_init_kwargs or {}))
         elif args.model_init_kwargs:
             raise ConfigError("model_init_kwargs are for a model given by name; this one is already loaded")
+        else:
+            model = self.adopt(model)
         _check_fits(model, self.tokenizer)
         if args.disable_dropout:
             _disable_dropout(model)
@@ -321,7 +349,7 @@ class DataTrainer(Trainer):
             return model
         if hasattr(model, "peft_config"):
             raise ConfigError("the model already has an adapter; leave peft_config out to go on training it")
-        return add_adapter(model, peft_config)
+        return self.add_adapter_to(model, peft_config)
 
 
 def map_rows(

@@ -93,12 +93,11 @@ class SFTTrainer(DataTrainer):
         if smoothing := self.args.label_smoothing_factor:
             logits_MV = self.scorer.logits(model, batch, noise or 0.0)
             return smoothed_loss(logits_MV, batch["targets"], smoothing), {}
-        scores = self.scorer(model, batch, noise or 0.0)
-        losses_M = -scores.logprobs
-        if self.args.loss_type == "dft":
-            losses_M = losses_M * scores.logprobs.detach().exp()
-        count = len(losses_M)
-        return losses_M.sum(), {
+        weigh = torch.exp if self.args.loss_type == "dft" else torch.ones_like
+        scores = self.scorer.total(model, batch, weigh, noise or 0.0)
+        assert scores.total is not None
+        count = len(scores.logprobs)
+        return -scores.total, {
             "mean_token_accuracy": (scores.hits.sum(), count),
             "entropy": (scores.entropies.sum(), count),
         }
