@@ -1,7 +1,10 @@
-"""Small models that score text, of several families, untied and with weights large enough that scores vary."""
+"""Small models that score text, of several families, untied, with weights large enough that scores vary."""
+
+import string
 
 import torch
 import transformers as t
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -40,3 +43,16 @@ def make(family, head, vocabulary=60, seed=0, **settings):
     names = {"GPT2ForCausalLM": "GPT2LMHeadModel", "GPT2ForMaskedLM": "GPT2LMHeadModel"}
     cls = getattr(t, names.get(f"{prefix}For{head}", f"{prefix}For{head}"))
     return cls(cls.config_class(**{**common, **config, **settings})).eval()
+
+
+def encoder_tokenizer():
+    """One token per character, with [CLS] before and [SEP] after a text, and no end-of-sequence token."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *string.printable])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return t.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
