@@ -14,17 +14,23 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
+    "CharacterNoise": "etude.data.noise",
     "ClassifierReward": "etude.rewards.classifier",
     "create_reference_model": "etude.models.reference",
+    "Distraction": "etude.data.noise",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
+    "evaluate": "etude.evaluation.evaluate",
+    "Evaluation": "etude.evaluation.evaluate",
     "Experience": "etude.trainers.experience",
     "FunctionReward": "etude.rewards.function",
     "GroupConfig": "etude.trainers.group_config",
     "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "Injection": "etude.data.noise",
     "IterativeSFTConfig": "etude.trainers.group_config",
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
     "LengthSampler": "etude.sampling.lengths",
@@ -32,6 +38,7 @@ _EXPORTS = {
     "Minibatch": "etude.trainers.experience",
     "ModelReward": "etude.rewards.model",
     "OverlongPenalty": "etude.rewards.overlong",
+    "Paraphrase": "etude.data.noise",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
     "PRMConfig": "etude.trainers.reward_config",
@@ -47,9 +54,11 @@ _EXPORTS = {
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
+    "sample_dataset": "etude.environments.rejection",
     "SamplingParams": "etude.types",
     "Scores": "etude.trainers.group",
     "Segment": "etude.types",
+    "Selection": "etude.data.selection",
     "set_seed": "transformers.trainer_utils",
     "SFTConfig": "etude.trainers.sft_config",
     "SFTTrainer": "etude.trainers.sft",
@@ -58,6 +67,7 @@ _EXPORTS = {
     "TextHistory": "etude.environments.history",
     "ToolErrorPenalty": "etude.rewards.tool_errors",
     "ValueModel": "etude.models.value_model",
+    "WordDrop": "etude.data.noise",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -65,9 +75,19 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from transformers.trainer_utils import set_seed as set_seed
 
+    from etude.data.noise import CharacterNoise as CharacterNoise
+    from etude.data.noise import Distraction as Distraction
+    from etude.data.noise import Injection as Injection
+    from etude.data.noise import Paraphrase as Paraphrase
+    from etude.data.noise import WordDrop as WordDrop
+    from etude.data.selection import Selection as Selection
+    from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.history import TextHistory as TextHistory
+    from etude.environments.rejection import sample_dataset as sample_dataset
     from etude.environments.text import TextEnvironment as TextEnvironment
     from etude.errors import EtudeError as EtudeError
+    from etude.evaluation.evaluate import Evaluation as Evaluation
+    from etude.evaluation.evaluate import evaluate as evaluate
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
     from etude.models.value_model import ValueModel as ValueModel

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ModelArguments:
-    """The model and its tokenizer."""
+class FixedModelArguments:
+    """A model that stays as it is, and its tokenizer."""
 
     model_name_or_path: str = field(metadata={"help": "directory or hub id of the model"})
     tokenizer_name: str | None = field(
@@ -37,6 +37,35 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention, as transformers names it: sdpa, eager, …"}
     )
+
+    @property
+    def tokenizer_place(self) -> dict[str, Any]:
+        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
+        return {
+            "name_or_path": self.tokenizer_name or self.model_name_or_path,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision if self.tokenizer_name is None else None,
+        }
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
+        return {
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+        }
+
+    def peft_config(self) -> LoraConfig | None:
+        """The fresh adapter that is asked for, if one is."""
+        return None
+
+
+@dataclass
+class ModelArguments(FixedModelArguments):
+    """A model to train, and its tokenizer."""
+
     use_peft: bool = field(
         default=False, metadata={"help": "train a LoRA adapter and leave the model's own weights as they are"}
     )
@@ -62,27 +91,8 @@ class ModelArguments:
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
 
-    @property
-    def tokenizer_place(self) -> dict[str, Any]:
-        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
-        return {
-            "name_or_path": self.tokenizer_name or self.model_name_or_path,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision if self.tokenizer_name is None else None,
-        }
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
-        return {
-            "dtype": self.dtype,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision,
-            "attn_implementation": self.attn_implementation,
-        }
-
     def peft_config(self) -> LoraConfig | None:
-        """The adapter that is asked for, if one is."""
+        """The fresh adapter that is asked for, if one is."""
         from etude.models.loading import lora_config  # loads torch
 
         if not self.use_peft:

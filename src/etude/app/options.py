@@ -99,6 +99,30 @@ COMMANDS = {
     ),
     "reinforce_plus_plus": _without_critic("REINFORCE++", "ReinforcePlusPlusConfig"),
     "iterative_sft": _without_critic("imitating its best episodes", "IterativeSFTConfig"),
+    "sample": Command(
+        "Let a model play tasks several times each, and make a dataset of what is good.",
+        {
+            "Model": "etude.app.arguments:FixedModelArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Sampling": "etude.app.sample_arguments:SampleArguments",
+        },
+        module="sample",
+    ),
+    "merge": Command(
+        "Merge adapters into their base model, or average models.",
+        {"Merging": "etude.app.merge_arguments:MergeArguments"},
+        module="merge",
+    ),
+    "eval": Command(
+        "Measure a model on tasks, clean and under noise, perhaps beside another model.",
+        {
+            "Model": "etude.app.arguments:FixedModelArguments",
+            "Tasks": "etude.app.eval_arguments:EvalTaskArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Evaluation": "etude.app.eval_arguments:EvaluationArguments",
+        },
+        module="eval",
+    ),
 }
 
 # Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is

@@ -64,6 +64,26 @@ def encode_control(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(continuing.encode(text, add_special_tokens=False).ids)
 
 
+def encode_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+    """Encode a later part of a text as the tokenizer would within the whole: `before` is what precedes it.
+
+    Unlike a continuation it has the space that Llama's old tokenizers put after every added token.
+    """
+    codec = _codec(tokenizer)
+    if codec.continuing is None or not text:
+        return _encode(tokenizer, text)
+    added = codec.added
+    for index, token in added.items():
+        if (before.rstrip() if token.rstrip else before).endswith(token.content):
+            ids = _encode(tokenizer, token.content + text)
+            if ids[:1] == [index]:
+                return ids[1:]
+    ids, continued = _encode(tokenizer, text), codec.continuing.encode(text, add_special_tokens=False).ids
+    to_token = next((i for i, index in enumerate(continued) if index in added), len(continued))
+    from_token = next((i for i, index in enumerate(ids) if index in added), len(ids))
+    return continued[:to_token] + ids[from_token:]
+
+
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     """Encode tool text or other data in the middle of a sequence: no added token comes out, special or not.
 
@@ -142,6 +162,12 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return _codec(tokenizer).special
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts of these tokens, as far as they stand beside the vocabulary."""
+    codec = _codec(tokenizer)
+    return tuple(codec.control[index] for index in codec.special if index in codec.control)
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
     """The added tokens, special or not, that data must never produce: id to text.
 
@@ -180,6 +206,7 @@ class _Codec:
     Attributes:
         stamp: what shows that the tokenizer was changed since. A word of the vocabulary that is made an
             added token after first use goes unnoticed; a new token doesn't.
+        added: all tokens beside the vocabulary, by id.
         control, special: see `control_tokens`, `special_token_ids`.
         forbidden: tokens that data must not produce: control and unknown.
         continuing: the tokenizer without its leading space; None where it puts none (or isn't a fast one).
@@ -190,6 +217,7 @@ class _Codec:
     """
 
     stamp: tuple[Any, ...]
+    added: dict[int, tokenizers.AddedToken]
     control: dict[int, str]
     special: frozenset[int]
     forbidden: frozenset[int]
@@ -220,7 +248,7 @@ def _build_codec(tokenizer: PreTrainedTokenizerBase, stamp: tuple[Any, ...]) -> 
     control = {i: token.content for i, token in added.items() if token.special or not token.content.isspace()}
     special = frozenset(tokenizer.all_special_ids).union(i for i, token in added.items() if token.special)
     if not tokenizer.is_fast:
-        return _Codec(stamp, control, special, frozenset({*control, tokenizer.unk_token_id} - {None}))
+        return _Codec(stamp, added, control, special, frozenset({*control, tokenizer.unk_token_id} - {None}))
     backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
     continuing = _without_leading_space(backend)
     base = continuing or backend
@@ -228,7 +256,7 @@ def _build_codec(tokenizer: PreTrainedTokenizerBase, stamp: tuple[Any, ...]) -> 
     plain = tokenizers.Tokenizer(base.model)
     plain.normalizer, plain.pre_tokenizer = base.normalizer, base.pre_tokenizer
     forbidden = frozenset({*control, tokenizer.unk_token_id, _unknown_id(backend)} - {None})
-    return _Codec(stamp, control, special, forbidden, continuing, plain)
+    return _Codec(stamp, added, control, special, forbidden, continuing, plain)
 
 
 def _unknown_id(backend: tokenizers.Tokenizer) -> int | None:

@@ -59,7 +59,8 @@ def to_rating(
 def _answer(
     row: Mapping[str, Any], completion: Any, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool
 ) -> Episode:
-    plain = {"prompt": row["prompt"], "completion": completion, "tools": row.get("tools")}
+    beside = {name: row[name] for name in row if name in ("tools", "chat_template_kwargs")}
+    plain = {"prompt": row["prompt"], "completion": completion, **beside}
     episode = to_episode(plain, tokenizer, append_eos=append_eos)
     episode.task = dict(row)
     return episode

@@ -89,7 +89,7 @@ class PolicyForward(nn.Module):
             values = self._values_apart(self.value_model, input_ids, lengths, prefixes, wanted)
         outputs, count = outputs[: len(states)], len(states)
         score = token_scores if head is None else head
-        logprobs, entropies, _ = score(outputs, targets, temperature, entropy_gradient)
+        logprobs, entropies, *_ = score(outputs, targets, temperature, entropy_gradient)
         return PolicyOutput(
             logprobs=logprobs,
             entropies=entropies,

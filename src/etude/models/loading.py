@@ -379,6 +379,11 @@ def base_of(adapter: PeftConfig, name: str) -> str:
     return locate(adapter.base_model_name_or_path, f"the base model of the adapter in {name!r}")
 
 
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name, or as it is."""
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
 def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; expected a torch.dtype or one of {', '.join(DTYPES)}")

@@ -17,21 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from etude.errors import SamplerError
+from etude.math.counters import mix
 from etude.sampling.cuts import Row, edit, edits_in_force, on_rows, warp
 
-_MASK = (1 << 64) - 1
 _BLOCK = 128  # tokens
-
-
-def mix(*words: int) -> int:
-    """Hash integers to 64 bits by the SplitMix64 finaliser (Steele, Lea & Flood 2014), word by word."""
-    state = 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
 
 
 def uniform(seed: int, position: int) -> float:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -268,7 +269,21 @@ class DataTrainer(Trainer):
         output = super().evaluation_loop(*args, **options)
         if output.metrics is not None:
             output.metrics.update({f"{prefix}_{k}": v for k, v in self._means("eval").items()})
+        self._unprepare()
         return output
+
+    def _unprepare(self) -> None:
+        """After an evaluation before training, let the model be prepared again.
+
+        accelerate takes a model that it has prepared for evaluation for one that is ready to train: several
+        processes would never average their gradients.
+        """
+        kinds = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.model_wrapped is self.model and self.accelerator.distributed_type in kinds:
+            model: Any = self.model
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            self.accelerator._models.clear()
+            model._is_accelerate_prepared = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with a training loss the means of the metrics since the last one."""
@@ -371,12 +386,12 @@ class DataTrainer(Trainer):
 
 def map_rows(
     dataset: Dataset,
-    convert: Callable[..., dict[str, Any]],
+    convert: Callable[..., dict[str, Any] | list[dict[str, Any]]],
     config: DataConfig,
     what: str = "have nothing to learn",
     **options: Any,
 ) -> Dataset:
-    """A dataset of what `convert(row, **options)` makes of each row.
+    """A dataset of what `convert(row, **options)` makes of each row: another row, or several.
 
     Its entries "cut" (the row lost tokens to max_length) and "learned" (something is left to learn) are
     counted in warnings; rows without anything are left out.
@@ -388,6 +403,8 @@ def map_rows(
         converted = dataset.map(
             _numbered,
             with_indices=True,
+            batched=True,
+            batch_size=100,
             fn_kwargs={"convert": convert, **options},
             remove_columns=dataset.column_names,
             num_proc=config.dataset_num_proc,
@@ -409,11 +426,17 @@ def map_rows(
     return converted.remove_columns(["cut", "learned"])
 
 
-def _numbered(row: Mapping[str, Any], index: int, convert: Callable[..., Any], **options: Any) -> Any:
-    try:
-        return convert(row, **options)
-    except DataError as error:
-        raise type(error)(f"row {index}: {error}") from error
+def _numbered(
+    batch: Mapping[str, list[Any]], indices: Sequence[int], convert: Callable[..., Any], **options: Any
+) -> dict[str, list[Any]]:
+    rows: list[dict[str, Any]] = []
+    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        try:
+            converted = convert(dict(zip(batch, values, strict=True)), **options)
+        except DataError as error:
+            raise type(error)(f"row {index}: {error}") from error
+        rows += converted if isinstance(converted, list) else [converted]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _items(batch: Mapping[str, Any]) -> int:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, ModelError
+from etude.math.counters import mix
 from etude.math.kl import KLKind
 from etude.math.losses import aggregate
 from etude.math.masked import masked_mean
@@ -32,7 +33,6 @@ from etude.models.loading import trunk_of, unwrapped
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_model import ValueModel
 from etude.runtime.model_card import write_model_card
-from etude.sampling.draw import mix
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
