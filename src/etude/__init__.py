@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "average_models": "etude.models.averaging",
     "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
     "CharacterNoise": "etude.data.noise",
@@ -41,6 +42,7 @@ _EXPORTS = {
     "KTOTrainer": "etude.trainers.kto",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
+    "merge_adapters": "etude.models.merging",
     "Minibatch": "etude.trainers.experience",
     "ModelReward": "etude.rewards.model",
     "ORPOConfig": "etude.trainers.preference_config",
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
     from etude.errors import EtudeError as EtudeError
     from etude.evaluation.evaluate import Evaluation as Evaluation
     from etude.evaluation.evaluate import evaluate as evaluate
+    from etude.models.averaging import average_models as average_models
+    from etude.models.merging import merge_adapters as merge_adapters
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
     from etude.models.value_model import ValueModel as ValueModel

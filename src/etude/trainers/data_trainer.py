@@ -18,6 +18,8 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -221,10 +223,40 @@ class DataTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """The loss of a batch, and predictions and labels where `compute_metrics` needs them."""
-        loss = self.compute_loss(model, inputs)
+        rows = inputs["rows"].rows
+        own = self._own(len(rows))
+        if own:
+            loss = self.compute_loss(model, self._prepare_inputs(self.collate(rows[:own])))
+        else:  # a forward all the same: other processes may wait for it
+            batch = self._prepare_inputs(self.collate(rows[:1]))
+            loss = self.losses(model, batch)[0] * 0
         if prediction_loss_only:
             return loss, None, None
-        return (loss, *self.predictions(model, inputs))
+        return (loss, *self.predictions(model, self._prepare_inputs(self.collate(rows))))
+
+    def _own(self, count: int) -> int:
+        """How many of a batch's rows count here: to the last one, rows are added so that it can be divided."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder < 1:
+            return count
+        return min(max(state.remainder - self.accelerator.process_index * count, 0), count)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of rows that are no batch yet, see `_own`."""
+        with self._uncollated():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        with self._uncollated():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _uncollated(self) -> Iterator[None]:
+        collate, self.data_collator = self.data_collator, _keep_rows
+        try:
+            yield
+        finally:
+            self.data_collator = collate
 
     def predictions(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
         """What `compute_metrics` is given of a batch: predictions and labels."""
@@ -409,6 +441,17 @@ def _numbered(
 
 def _items(batch: Mapping[str, Any]) -> int:
     return int((batch["labels"] != -100).sum())
+
+
+@dataclass
+class _Rows:
+    """Rows of a dataset. A class of its own, into which nobody looks for tensors to move."""
+
+    rows: list[Any]
+
+
+def _keep_rows(rows: list[Any]) -> dict[str, Any]:
+    return {"rows": _Rows(rows)}
 
 
 def _as_list(names: str | Sequence[str] | None) -> list[str]:

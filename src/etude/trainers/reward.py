@@ -57,11 +57,20 @@ class ScoreTrainer(DataTrainer):
 
     def prepare(self, model: Model) -> None:
         self.reader = ScoreReader(model)
-        config: Any = trunk_of(model).config
-        self.limit = length_limit(self.tokenizer, config, self.args.max_length)
-        text = config.get_text_config()
-        if text.pad_token_id is None and self.tokenizer.pad_token_id != self.tokenizer.eos_token_id:
-            text.pad_token_id = self.tokenizer.pad_token_id  # by which transformers finds a text's end
+        self.limit = length_limit(self.tokenizer, trunk_of(model).config, self.args.max_length)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, the tokenizer and a model card.
+
+        Transformers itself finds a text's last token by the padding token of the model's configuration. One
+        that also ends texts would hide their end, and isn't written: without any, a batch of texts is refused
+        there, not scored one token too early.
+        """
+        config: Any = trunk_of(self.model).config.get_text_config()
+        pad, eos = config.pad_token_id, self.tokenizer.eos_token_id
+        config.pad_token_id = None if pad == eos else pad
+        super().save_model(output_dir, _internal_call)
+        config.pad_token_id = pad
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         gaps = [abs(value) for name, value in means.items() if name.startswith(_GAP)]
