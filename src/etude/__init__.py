@@ -14,12 +14,17 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "average_models": "etude.models.averaging",
     "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
     "CharacterNoise": "etude.data.noise",
     "ClassifierReward": "etude.rewards.classifier",
+    "CPOConfig": "etude.trainers.preference_config",
+    "CPOTrainer": "etude.trainers.cpo",
     "create_reference_model": "etude.models.reference",
     "Distraction": "etude.data.noise",
+    "DPOConfig": "etude.trainers.dpo_config",
+    "DPOTrainer": "etude.trainers.dpo",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
     "evaluate": "etude.evaluation.evaluate",
@@ -33,10 +38,15 @@ _EXPORTS = {
     "Injection": "etude.data.noise",
     "IterativeSFTConfig": "etude.trainers.group_config",
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
+    "KTOConfig": "etude.trainers.kto_config",
+    "KTOTrainer": "etude.trainers.kto",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
+    "merge_adapters": "etude.models.merging",
     "Minibatch": "etude.trainers.experience",
     "ModelReward": "etude.rewards.model",
+    "ORPOConfig": "etude.trainers.preference_config",
+    "ORPOTrainer": "etude.trainers.orpo",
     "OverlongPenalty": "etude.rewards.overlong",
     "Paraphrase": "etude.data.noise",
     "PPOConfig": "etude.trainers.ppo_config",
@@ -62,6 +72,8 @@ _EXPORTS = {
     "set_seed": "transformers.trainer_utils",
     "SFTConfig": "etude.trainers.sft_config",
     "SFTTrainer": "etude.trainers.sft",
+    "SimPOConfig": "etude.trainers.preference_config",
+    "SimPOTrainer": "etude.trainers.simpo",
     "StopReason": "etude.types",
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
@@ -88,6 +100,8 @@ if TYPE_CHECKING:
     from etude.errors import EtudeError as EtudeError
     from etude.evaluation.evaluate import Evaluation as Evaluation
     from etude.evaluation.evaluate import evaluate as evaluate
+    from etude.models.averaging import average_models as average_models
+    from etude.models.merging import merge_adapters as merge_adapters
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
     from etude.models.value_model import ValueModel as ValueModel
@@ -103,6 +117,9 @@ if TYPE_CHECKING:
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler
     from etude.sampling.local import LocalSampler as LocalSampler
+    from etude.trainers.cpo import CPOTrainer as CPOTrainer
+    from etude.trainers.dpo import DPOTrainer as DPOTrainer
+    from etude.trainers.dpo_config import DPOConfig as DPOConfig
     from etude.trainers.experience import Experience as Experience
     from etude.trainers.experience import Minibatch as Minibatch
     from etude.trainers.group import GroupTrainer as GroupTrainer
@@ -115,8 +132,14 @@ if TYPE_CHECKING:
     from etude.trainers.group_config import RLOOConfig as RLOOConfig
     from etude.trainers.grpo import GRPOTrainer as GRPOTrainer
     from etude.trainers.iterative_sft import IterativeSFTTrainer as IterativeSFTTrainer
+    from etude.trainers.kto import KTOTrainer as KTOTrainer
+    from etude.trainers.kto_config import KTOConfig as KTOConfig
+    from etude.trainers.orpo import ORPOTrainer as ORPOTrainer
     from etude.trainers.ppo import PPOTrainer as PPOTrainer
     from etude.trainers.ppo_config import PPOConfig as PPOConfig
+    from etude.trainers.preference_config import CPOConfig as CPOConfig
+    from etude.trainers.preference_config import ORPOConfig as ORPOConfig
+    from etude.trainers.preference_config import SimPOConfig as SimPOConfig
     from etude.trainers.prm import PRMTrainer as PRMTrainer
     from etude.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
     from etude.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
@@ -126,6 +149,7 @@ if TYPE_CHECKING:
     from etude.trainers.rloo import RLOOTrainer as RLOOTrainer
     from etude.trainers.sft import SFTTrainer as SFTTrainer
     from etude.trainers.sft_config import SFTConfig as SFTConfig
+    from etude.trainers.simpo import SimPOTrainer as SimPOTrainer
     from etude.types import Episode as Episode
     from etude.types import SamplingParams as SamplingParams
     from etude.types import Segment as Segment

@@ -1,5 +1,6 @@
 """Chat templates of the families in use, in our own words, with tokenizers that have their control tokens."""
 
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -51,8 +52,9 @@ class Family:
         special: its special tokens; a "~" in front swallows white space that follows.
         plain: tokens of the vocabulary's own that control something, but count as text.
         turns: per conversation, the rows, each with the turns that are learned in it.
-        spaces: how its tokenizer treats the beginning of a text: None leaves it, "first" puts a space before
-            it, "always" puts one after every added token too, as Llama's and its relatives' do.
+        spaces: its tokenizer puts a space before a text and after every added token, as Llama's old ones do.
+        tools: what the template is given.
+        conversations: those of `turns`.
     """
 
     special: str
@@ -60,14 +62,13 @@ class Family:
     plain: str = ""
     bos: str | None = None
     eos: str = "</s>"
-    spaces: str | None = None
+    spaces: bool = False
     tools: list[dict] | None = None
     conversations: dict[str, list[dict]] = field(default_factory=lambda: CONVERSATIONS)
 
 
 IM = "<|im_start|> <|im_end|> <|endoftext|>"
 HERMES_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
-ENDS = ["It is 4.{}", "Yes.{}"]
 
 
 def ended(end: str, *turns: str) -> list[str]:
@@ -81,17 +82,21 @@ DEEPSEEK_TOOLS = (
     " <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> <｜tool▁output▁begin｜> <｜tool▁output▁end｜>"
 )
 NO_SYSTEM = {"chat": CHAT, "tools": TOOLS, "reasoning": REASONING}
-THINKING = [{**m, "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}"}
-            if "reasoning_content" in m else m for m in REASONING]  # fmt: skip
+THINKING = [
+    {"role": m["role"], "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}"}
+    if "reasoning_content" in m
+    else m
+    for m in REASONING
+]
 
 FAMILIES = {
     "chatml": Family(IM, {"chat": [ended("<|im_end|>", *PLAIN)]}, eos="<|im_end|>"),
     "zephyr": Family(
-        "<s> </s>", {"chat": [ended("</s>", *PLAIN)]}, bos="<s>", spaces="always"
+        "<s> </s>", {"chat": [ended("</s>", *PLAIN)]}, bos="<s>", spaces=True
     ),
     "tulu": Family("<|endoftext|>", {"chat": [ended("<|endoftext|>", *PLAIN)]}, eos="<|endoftext|>"),
     "llama-2": Family(
-        "<s> </s>", {"chat": [[" It is 4. </s>", " Yes. </s>"]]}, bos="<s>", spaces="always"
+        "<s> </s>", {"chat": [[" It is 4. </s>", " Yes. </s>"]]}, bos="<s>", spaces=True
     ),
     "llama-3": Family(
         "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
@@ -112,7 +117,8 @@ FAMILIES = {
         tools=[ADD],
     ),
     "mistral": Family(
-        "<s> </s> [INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]",
+        "<s> </s> [INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS]"
+        " [TOOL_RESULTS] [/TOOL_RESULTS]",
         {
             "chat": [[" It is 4.</s>"], [" Yes.</s>"]],
             "tools": [
@@ -124,7 +130,7 @@ FAMILIES = {
             ],
         },
         bos="<s>",
-        spaces="always",
+        spaces=True,
         tools=[ADD],
     ),
     "gemma": Family(
@@ -139,10 +145,11 @@ FAMILIES = {
         {"chat": [["It is 4.<|end|>\n", "Yes.<|end|>\n"]]},
         bos="<s>",
         eos="<|endoftext|>",
-        spaces="always",
+        spaces=True,
     ),
     "command-r": Family(
-        "<BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|>",
+        "<BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|>"
+        " <|CHATBOT_TOKEN|>",
         {"chat": [ended("<|END_OF_TURN_TOKEN|>", *PLAIN)]},
         bos="<BOS_TOKEN>",
         eos="<|END_OF_TURN_TOKEN|>",
@@ -200,6 +207,7 @@ FAMILIES = {
         bos="<｜begin▁of▁sentence｜>",
         eos="<｜end▁of▁sentence｜>",
     ),
+    "deepseek-r1": Family(DEEPSEEK, {}, plain="<think> </think>", bos="<｜begin▁of▁sentence｜>"),
     "deepseek-r1-marked": Family(
         DEEPSEEK,
         {"reasoning": [
@@ -253,33 +261,7 @@ FAMILIES = {
 @cache
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
     family = FAMILIES[name]
-    tokenizer = make_tokenizer(family)
-    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-    return tokenizer
-
-
-def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
-    """Byte-pair merges learned from what the templates write, so that they reach across every seam."""
-    texts = [path.read_text(encoding="utf-8") for path in TEMPLATES.glob("*.jinja")]
-    texts += [message["content"] for message in [*CHAT, *TOOLS, *REASONING]] * 4
-    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True) if family.spaces else models.BPE())
-    if family.spaces:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        initial = [*(f"<0x{byte:02X}>" for byte in range(256))]
-        backend.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-    else:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        initial = []
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,
-        special_tokens=["<unk>", *initial],
-        initial_alphabet=[] if family.spaces else pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
+    backend = llama_like() if family.spaces else byte_level()
     special = [
         AddedToken(word.removeprefix("~"), rstrip=word.startswith("~"), special=True, normalized=False)
         for word in family.special.split()
@@ -287,4 +269,38 @@ def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=family.bos, eos_token=family.eos)
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     tokenizer.add_tokens(family.plain.split())
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return tokenizer
+
+
+def byte_level() -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    learn_merges(backend, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    return backend
+
+
+def llama_like() -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    learn_merges(backend)
+    model = json.loads(backend.to_str())["model"]
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    backend.model = models.BPE(
+        vocab={word: index for index, word in enumerate(words)},
+        merges=[tuple(pair) for pair in model["merges"]],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
+
+
+def learn_merges(backend: Tokenizer, **options) -> None:
+    """From what the templates write, so that tokens reach across every seam."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.glob("*.jinja"))]
+    texts += [message["content"] for message in [*CHAT, *TOOLS, *REASONING]] * 4
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=900, show_progress=False, **options))

@@ -7,6 +7,7 @@ of each field is what it shows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +38,26 @@ class FixedModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention, as transformers names it: sdpa, eager, …"}
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "keep the weights in 4 bits (NF4, as in QLoRA), by bitsandbytes; dtype computes"},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "keep the weights in 8 bits, by bitsandbytes"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_4bit and load_in_8bit are two ways to keep weights; give one of them")
+        if self.quantized and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"{self.quantized} needs bitsandbytes, which isn't installed; install etude[quantization]"
+            )
+
+    @property
+    def quantized(self) -> str | None:
+        """The option that asks for fewer bits, if one does."""
+        return next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(self, name)), None)
 
     @property
     def tokenizer_place(self) -> dict[str, Any]:
@@ -50,12 +71,17 @@ class FixedModelArguments:
     @property
     def loading(self) -> dict[str, Any]:
         """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
-        return {
+        options: dict[str, Any] = {
             "dtype": self.dtype,
             "trust_remote_code": self.trust_remote_code,
             "revision": self.model_revision,
             "attn_implementation": self.attn_implementation,
         }
+        if self.quantized:
+            from etude.models.loading import quantization_config  # loads torch
+
+            options["quantization_config"] = quantization_config(bits=4 if self.load_in_4bit else 8)
+        return options
 
     def peft_config(self) -> LoraConfig | None:
         """The fresh adapter that is asked for, if one is."""
@@ -82,6 +108,11 @@ class ModelArguments(FixedModelArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantized and not self.use_peft:
+            raise ConfigError(
+                f"weights of few bits can't be trained themselves; with {self.quantized} set use_peft, too"
+            )
         for setting in fields(self):
             is_set = getattr(self, setting.name) != setting.default
             if setting.name.startswith("lora_") and is_set and not self.use_peft:

@@ -78,10 +78,23 @@ def _on_data(summary: str, module: str, config: str) -> Command:
     )
 
 
+def _on_preferences(by: str, config: str) -> Command:
+    return _on_data(f"Train a model on preferences, by {by}.", "preference", config)
+
+
 COMMANDS = {
     "sft": _on_data("Fine-tune a model on demonstrations.", "sft", "sft_config:SFTConfig"),
     "reward": _on_data("Train a reward model on preferences.", "reward", "reward_config:RewardConfig"),
     "prm": _on_data("Train a process reward model on answers in steps.", "reward", "reward_config:PRMConfig"),
+    "dpo": _on_preferences("direct preference optimisation or a variant", "dpo_config:DPOConfig"),
+    "kto": _on_data(
+        "Train a model on answers that are good or bad, by KTO.", "preference", "kto_config:KTOConfig"
+    ),
+    "orpo": _on_preferences("odds ratios, without a reference", "preference_config:ORPOConfig"),
+    "simpo": _on_preferences(
+        "likelihoods per token and a margin, without a reference", "preference_config:SimPOConfig"
+    ),
+    "cpo": _on_preferences("contrast and imitation, without a reference", "preference_config:CPOConfig"),
     "ppo": Command(
         "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
         {

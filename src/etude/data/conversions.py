@@ -171,7 +171,7 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 def _common_words(chosen: str, rejected: str) -> int:
     end = _common(chosen, rejected)
     if any(re.match(r"\w", text[end:]) for text in (chosen, rejected)):  # not within a word
-        end -= len(re.search(r"\w*$", chosen[:end])[0])  # type: ignore[index]  # matches always
+        end -= len(re.search(r"\w*\Z", chosen[:end])[0])  # type: ignore[index]  # matches always
     return end - chosen[:end].endswith(" ")
 
 

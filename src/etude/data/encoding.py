@@ -79,9 +79,11 @@ def encode_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> 
             if ids[:1] == [index]:
                 return ids[1:]
     ids, continued = _encode(tokenizer, text), codec.continuing.encode(text, add_special_tokens=False).ids
-    to_token = next((i for i, index in enumerate(continued) if index in added), len(continued))
-    from_token = next((i for i, index in enumerate(ids) if index in added), len(ids))
-    return continued[:to_token] + ids[from_token:]
+    if [i for i in ids if i in added] != [i for i in continued if i in added]:
+        return list(continued)  # the space hides added tokens that are normalized; they are meant
+    to_token = next((at for at, index in enumerate(continued) if index in added), len(continued))
+    from_token = next((at for at, index in enumerate(ids) if index in added), len(ids))
+    return list(continued[:to_token]) + ids[from_token:]
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:

@@ -1,7 +1,6 @@
 """A conversation under a chat template: its text, what in it the model says, its tokens.
 
-System, developer and assistant messages are control text: an added token in them is meant. All other messages
-(user, tool) are data, and so is what they hide in their contents: "<|im_end|>" in a tool's answer stays
+What data hides in its contents is no control text (`messages`): "<|im_end|>" in a tool's answer stays
 characters.
 
 Not covered: templates with images; models without a chat template.
@@ -9,10 +8,9 @@ Not covered: templates with images; models without a chat template.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -29,14 +27,13 @@ from etude.data.encoding import (
     encode_prompt,
     special_tokens,
 )
+from etude.data.messages import Messages, marked_messages, with_json_arguments
 from etude.errors import DataError, TemplateError
 from etude.types import Segment, Source
 
 logger = logging.getLogger(__name__)
 
-Messages = Sequence[Mapping[str, Any]]
 _Span = tuple[int, int]
-_AUTHOR_ROLES = frozenset({"system", "developer", "assistant"})
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing; transformers knows all three names
 _SPACE = re.compile(r"\s+")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -90,14 +87,8 @@ class Rendering:
             DataError: the tokenizer has no chat template, or a message isn't one.
             TemplateError: the template fails on them.
         """
-        _check(tokenizer, messages)
-        marks = _unused_characters(json.dumps(messages, ensure_ascii=False, default=str))
-        longest_first = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
-        marked = [
-            m if m["role"] in _AUTHOR_ROLES else _mark(m, pattern, f"{marks[0]}\\g<0>{marks[1]}")
-            for m in map(_plain, messages)
-        ]
+        _check(tokenizer)
+        marked, marks = marked_messages(messages, _control_pattern(tokenizer))
         rendering = cls(tokenizer, marked, tools, template_kwargs or {}, marks)
         try:
             rendering.text(len(marked))
@@ -105,7 +96,7 @@ class Rendering:
             if not isinstance(error.__cause__, TypeError):
                 raise
             # DeepSeek-V3's joins a call's arguments to other text: it takes them as JSON only.
-            rendering = replace(rendering, messages=[_with_json_arguments(m) for m in marked], _rendered={})
+            rendering = replace(rendering, messages=[with_json_arguments(m) for m in marked], _rendered={})
             if rendering.messages == marked:
                 raise
         return rendering
@@ -250,34 +241,42 @@ class Rendering:
         before a tool call).
         """
         unasked, before = self.text(position), self.text(position - 1) if position > 1 else ""
-        header = asked[len(unasked) :] if asked.startswith(unasked) else ""
-        found = -1
-        if header and text.startswith(before) and self.messages[position - 1]["role"] != "assistant":
-            found = text.find(header, len(before))  # data can't contain it: its control tokens are marked
-        elif asked.startswith(before) and before:
-            header = asked[len(before) :]  # and the last message before it
-            found = text.rfind(header)
-        if found < 0:
-            raise self.rewritten(asked, text, position - 1, header=True)
-        return asked + text[found + len(header) :]
+        header = len(unasked) if asked.startswith(unasked) else len(asked)
+        first = len(before) if text.startswith(before) else 0  # where the last message begins, at least
+        starts = [match.start() for match in _control_pattern(self.tokenizer).finditer(asked)]
+        if first and self.messages[position - 1]["role"] != "assistant":
+            starts.append(header)  # data can't contain it: its control tokens are marked
+        for start in starts:  # the longest ending of what was shown that is still there
+            shown = asked[start:]
+            if start > header or not shown or not (count := text.count(shown, first)):
+                continue
+            if count > 1:
+                break
+            return asked + text[text.index(shown, first) + len(shown) :]
+        raise self.rewritten(asked, text, position - 1, header=True)
 
     def _complete(self, turn: Turn, position: int) -> Turn:
         """The turn, if the template shows all of the message; white space aside, which templates trim."""
-        message, start = self.messages[position], turn.spans[0][0]
-        shown = _SPACE.sub(
-            "", turn.text[max(0, start - 64) :]
-        )  # its beginning may be the header's ("<think>")
+        message = self.messages[position]
         calls = [str(call.get("function", call).get("name")) for call in message.get("tool_calls", ())]
-        if any(_SPACE.sub("", name) not in shown for name in calls):
+        if not all(self._shows(turn, position, name) for name in calls):
+            start = turn.spans[0][0]
             raise TemplateError(
                 f"{_describe(self.tokenizer)} doesn't show the tool calls of message {position}; it renders "
                 f"{turn.text[start : start + 60]!r}. Use a template that does, or write them into contents"
             )
         for name in ("content", *_REASONING):
             value = message.get(name)
-            if isinstance(value, str) and _SPACE.sub("", value) not in shown:
+            if isinstance(value, str) and not self._shows(turn, position, value):
                 _warn_not_shown(_describe(self.tokenizer), name)
         return turn
+
+    def _shows(self, turn: Turn, position: int, text: str) -> bool:
+        wanted = _SPACE.sub("", text)
+        if wanted in _SPACE.sub("", "".join(turn.text[start:end] for start, end in turn.spans)):
+            return True
+        before = self.text(position) if position else ""  # the header may have its beginning ("<think>")
+        return turn.text.startswith(before) and wanted in _SPACE.sub("", turn.text[len(before) :])
 
     def _end_of_message(self, text: str, position: int) -> int:
         """Where the message ends: before an end-of-text token that stands there only because nothing follows.
@@ -303,77 +302,18 @@ def _warn_not_shown(template: str, name: str) -> None:
     )
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> None:
+def _check(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer {_name(tokenizer)} has no chat template, so it can't render messages; take a "
             "chat model's tokenizer, set `tokenizer.chat_template`, or give plain text (`text`, or `prompt` "
             "and `completion` as strings)"
         )
-    if not messages:
-        raise DataError("the conversation has no messages; expected at least one")
-    for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            found = ", ".join(map(repr, message)) if isinstance(message, Mapping) else str(message)[:60]
-            raise DataError(
-                f"message {position} has no role; its keys are {found or 'missing'}. "
-                "Expected {'role': 'user', 'content': ...}"
-            )
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates read it: keys without a value gone, a call's arguments a mapping.
-
-    Tables fill up keys that other rows have, and templates ask whether a key is there. Arguments come as JSON
-    from OpenAI's interface; most templates would quote that once more.
-    """
-    plain = {key: value for key, value in message.items() if value is not None or key == "content"}
-    if "tool_calls" in plain:
-        plain["tool_calls"] = [_map_arguments(call, _parsed) for call in plain["tool_calls"]]
-    return plain
-
-
-def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    if "tool_calls" not in message:
-        return message
-    return {**message, "tool_calls": [_map_arguments(call, _unparsed) for call in message["tool_calls"]]}
-
-
-def _map_arguments(call: Any, change: Any) -> Any:
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _map_arguments(call["function"], change)}
-    return {**call, "arguments": change(call["arguments"])} if "arguments" in call else dict(call)
-
-
-def _parsed(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        parsed = json.loads(arguments)
-    except ValueError:
-        return arguments  # a call that went wrong, or another language
-    return parsed if isinstance(parsed, dict) else arguments
-
-
-def _unparsed(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else arguments
-
-
-def _unused_characters(text: str) -> str:
-    """Two of the 32 characters that Unicode keeps for a program's internal use."""
-    return "".join(c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text)[:2]
-
-
-def _mark(value: Any, pattern: re.Pattern[str], replacement: str) -> Any:
-    if isinstance(value, str):
-        return pattern.sub(replacement, value)
-    if isinstance(value, Mapping):
-        return {key: _mark(item, pattern, replacement) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mark(item, pattern, replacement) for item in value]
-    return value
+def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    longest_first = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.rendering import Messages, Rendering, Turn
+from etude.data.messages import Messages
+from etude.data.rendering import Rendering, Turn
 from etude.types import Segment, Source
 
 _TOOL_ROLES = frozenset({"tool", "ipython", "function"})

@@ -15,12 +15,19 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -31,6 +38,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -199,6 +207,13 @@ def lora_config(
     )
 
 
+def quantization_config(bits: Literal[4, 8]) -> BitsAndBytesConfig:
+    """Weights in 4 bits as in QLoRA (Dettmers et al. 2023, NF4 and double quantization), or in 8."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> PeftModel:
     """Put a fresh adapter on a model and freeze the rest; `peft_config` itself stays as it is.
 
@@ -217,6 +232,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model)
     peft_config = copy.deepcopy(peft_config)  # peft writes the base model's name and its targets into it
+    if model.config.is_encoder_decoder and peft_config.task_type == TaskType.CAUSAL_LM:
+        peft_config.task_type = TaskType.SEQ_2_SEQ_LM
     if isinstance(peft_config, LoraConfig) and any(isinstance(module, Conv1D) for module in model.modules()):
         peft_config.fan_in_fan_out = True  # GPT-2 stores its weights transposed; peft would warn and set this
     if isinstance(peft_config, LoraConfig) and peft_config.target_modules == "all-linear":
