@@ -83,20 +83,18 @@ def test_an_episode_is_scored_by_all_of_its_steps(model, tokenizer, reduce, by_h
 def test_rewards_sit_where_their_steps_end(tokenizer, make_llama):
     model = make("Llama", "TokenClassification", len(tokenizer))
     environment = TextEnvironment(
-        make_llama(), tokenizer, rewards=[ProcessReward(model, tokenizer, step_separator="k", weight=0.5)],
-        max_turns=1, generation_kwargs={"max_new_tokens": 40}, seed=0,
+        make_llama(), tokenizer, rewards=[ProcessReward(model, tokenizer, step_separator="e", weight=0.5)],
+        max_turns=1, generation_kwargs={"max_new_tokens": 100}, seed=0,
     )  # fmt: skip
     several = 0
     for history in environment.run([f"count to {n}" for n in range(6)])[-1]:
         played = history.episode
-        eos = tokenizer.eos_token_id
         for reward in played.rewards:
             assert played.sampled[reward.position]
-            text = tokenizer.decode(played.token_ids[: reward.position + 1])
-            if not text.endswith("k"):
+            ids = played.token_ids[: reward.position + 1]
+            if "e" not in tokenizer.decode(ids[-1]) or ids[-1] == tokenizer.eos_token_id:
                 assert reward.position == len(played) - 1
-                text = text.replace("[eos]", "") + "k"
-            ids = [t for t in tokenizer(text)["input_ids"] if t != eos]
+                ids = [t for t in ids if t != tokenizer.eos_token_id] + tokenizer("e")["input_ids"]
             with torch.no_grad():
                 expected = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(0)[1].item()
             assert reward.value == pytest.approx(expected, abs=1e-5)
