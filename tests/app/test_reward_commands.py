@@ -1,4 +1,4 @@
-"""`etude reward` and `etude prm`, whole runs on a tiny model, and what they leave as the reward of another."""
+"""`etude reward` and `etude prm`, whole runs on a tiny model, and what they leave as another run's reward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_llama: Any, 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     make_llama().save_pretrained("model")
     tokenizer.save_pretrained("model")
-    for name, rows in (("reward", PAIRS), ("prm", STEPS), ("tasks", [{"prompt": f"say {n}:"} for n in range(4)])):
+    for name, rows in (
+        ("reward", PAIRS),
+        ("prm", STEPS),
+        ("tasks", [{"prompt": f"say {n}:"} for n in range(4)]),
+    ):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -95,7 +99,12 @@ def test_a_critic_starts_from_it_and_a_run_goes_on(workplace: Path) -> None:
         assert torch.equal(weight, unbroken[name])
     options = ["--steps=2", "--batch_size=2", "--mini_batch_size=2", "--max_turns=1", "--disable_progress"]
     value = ["--value_model=runs/reward", "--reward=etude:ModelReward('runs/reward', weight=0.5)"]
-    arguments = ["--model_name_or_path=model", "--train_dataset=tasks.jsonl", "--output_dir=runs/ppo", *options]
+    arguments = [
+        "--model_name_or_path=model",
+        "--train_dataset=tasks.jsonl",
+        "--output_dir=runs/ppo",
+        *options,
+    ]
     assert main(["ppo", *arguments, "--generation.max_new_tokens=8", *value]) == 0
     [reward] = RunDirectory("runs/ppo").read_episodes(split="train")[0].rewards
     assert (reward.name, reward.weight) == ("reward_model", 0.5)
@@ -104,7 +113,11 @@ def test_a_critic_starts_from_it_and_a_run_goes_on(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("reward", {"train_dataset": "prm.jsonl"}, "expected one of these combinations: [prompt +] chosen + rejec"),
+        (
+            "reward",
+            {"train_dataset": "prm.jsonl"},
+            "expected one of these combinations: [prompt +] chosen + rejec",
+        ),
         ("prm", {"train_dataset": "reward.jsonl"}, "prompt + completions + labels"),
         ("reward", {"center_rewards_coefficient": -1}, "center_rewards_coefficient is -1"),
         ("reward", {"model_name_or_path": "./nowhere"}, "there is no directory './nowhere'"),

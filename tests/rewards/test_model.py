@@ -115,7 +115,7 @@ def test_another_tokenizer_reads_the_text(tokenizer, other_tokenizer, episodes):
     end = other_tokenizer.eos_token_id
     ids = [[*other_tokenizer(e.text)["input_ids"], end] for e in episodes]
     assert scores == pytest.approx([alone(model, each) for each in ids], abs=1e-5)
-    with pytest.raises(RewardError, match="has one that its model doesn't know .*read='text'"):
+    with pytest.raises(RewardError, match=r"has one that its model doesn't know .*read='text'"):
         run_sync(ModelReward(model, other_tokenizer, read="tokens")(episodes))
 
 
@@ -142,7 +142,10 @@ def test_another_chat_template_reads_messages(tokenizer, other_tokenizer, episod
     ]
     ids = [other_tokenizer(text)["input_ids"] for text in texts]
     assert scores == pytest.approx([alone(model, each) for each in ids], abs=1e-5)
-    row = {"prompt": [{"role": "user", "content": "hm "}], "completion": [{"role": "assistant", "content": "q"}]}
+    row = {
+        "prompt": [{"role": "user", "content": "hm "}],
+        "completion": [{"role": "assistant", "content": "q"}],
+    }
     assert reward.score_texts([row]) == pytest.approx(scores[2:], abs=1e-5)
 
 
@@ -203,7 +206,9 @@ def test_it_agrees_with_the_adapter_on_the_policys_base(saved, episodes, tmp_pat
 
 
 def test_what_is_no_reward_model(tokenizer, saved, tmp_path):
-    with pytest.raises(ModelError, match="a model of another kind, LlamaForCausalLM; expected one that scores"):
+    with pytest.raises(
+        ModelError, match="a model of another kind, LlamaForCausalLM; expected one that scores"
+    ):
         ModelReward(tmp_path / "base")
     with pytest.raises(ModelError, match="scores tokens; ModelReward takes models that score sequences"):
         ModelReward(make("Llama", "TokenClassification", len(tokenizer)), tokenizer)
@@ -223,4 +228,6 @@ def test_scores_that_are_no_numbers(tokenizer, episodes):
     with pytest.raises(RewardError, match="'reward_model' returned nan"):
         run_sync(ModelReward(model, tokenizer)(episodes))
     with pytest.raises(RewardError, match="text 1 has no token to score"):
-        ModelReward(make("Llama", "SequenceClassification"), tokenizer, append_eos=False).score_texts(["a", ""])
+        ModelReward(make("Llama", "SequenceClassification"), tokenizer, append_eos=False).score_texts(
+            ["a", ""]
+        )

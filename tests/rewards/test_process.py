@@ -26,7 +26,9 @@ def model(request, tokenizer):
 def right(model, tokenizer, text):
     """The probability of the label 1 after the text's last token."""
     with torch.no_grad():
-        return model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].softmax(0)[1].item()
+        return (
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1].softmax(0)[1].item()
+        )
 
 
 def process(model, tokenizer, **settings):
@@ -39,7 +41,7 @@ def test_each_step_is_scored_at_its_last_token(model, tokenizer):
     assert reward.level == "token"
     played = episode(tokenizer, "how? ", ["ab.c. .de[eos]"])
     [scores] = run_sync(reward([played]))
-    # One per sampled token; a blank step is none, and the last one gets the separator it lacks, for its score only.
+    # One per sampled token; a blank step is none; the last one gets the separator it lacks, to be scored.
     found = {place: score for place, score in enumerate(scores) if score is not None}
     expected = {
         2: right(model, tokenizer, "how? ab."),
@@ -70,7 +72,13 @@ def test_each_turn_is_scored_by_its_last_step(model, tokenizer):
 
 @pytest.mark.parametrize(
     ("reduce", "by_hand"),
-    [(None, math.prod), ("product", math.prod), ("min", min), ("mean", lambda x: sum(x) / 3), ("last", lambda x: x[2])],
+    [
+        (None, math.prod),
+        ("product", math.prod),
+        ("min", min),
+        ("mean", lambda x: sum(x) / 3),
+        ("last", lambda x: x[2]),
+    ],
 )
 def test_an_episode_is_scored_by_all_of_its_steps(model, tokenizer, reduce, by_hand):
     reward = process(model, tokenizer, level="episode", reduce=reduce)
@@ -140,7 +148,9 @@ def test_steps_of_messages(tokenizer, other_tokenizer):
 def test_an_encoder_sees_what_follows_a_step(tokenizer):
     encoders = encoder_tokenizer()
     model = make("Bert", "TokenClassification", len(encoders))
-    [score] = run_sync(process(model, encoders, level="episode", reduce="min")([episode(tokenizer, "h ", ["a.b"])]))
+    [score] = run_sync(
+        process(model, encoders, level="episode", reduce="min")([episode(tokenizer, "h ", ["a.b"])])
+    )
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([encoders("h a.b.")["input_ids"]])).logits[0, [4, 6]]
     assert score == pytest.approx(logits.softmax(1)[:, 1].min().item(), abs=1e-5)

@@ -66,7 +66,8 @@ class ScoreTrainer(DataTrainer):
         that also ends texts would hide their end, and isn't written: without any, a batch of texts is refused
         there, not scored one token too early.
         """
-        config: Any = trunk_of(self.model).config.get_text_config()
+        trained: Any = self.model
+        config = trunk_of(trained).config.get_text_config()
         pad, eos = config.pad_token_id, self.tokenizer.eos_token_id
         config.pad_token_id = None if pad == eos else pad
         super().save_model(output_dir, _internal_call)
