@@ -117,7 +117,8 @@ def test_it_learns_which_steps_are_right(make_trainer, tokenizer, tmp_path, way)
     make(way.split()[0], "CausalLM", len(tokenizer)).save_pretrained(tmp_path / "start")
     trainer = make_trainer(
         str(tmp_path / "start"), climbing(300, seed=1), eval_dataset=climbing(100, seed=2),
-        peft_config=adapter, max_steps=60, per_device_train_batch_size=32, learning_rate=3e-3 if adapter is None else 1e-2,
+        peft_config=adapter, max_steps=60, per_device_train_batch_size=32,
+        learning_rate=3e-3 if adapter is None else 1e-2,
         lr_scheduler_type="constant", per_device_eval_batch_size=50,
     )  # fmt: skip
     trainer.train()
