@@ -49,7 +49,10 @@ def test_a_text_that_is_too_long_keeps_what_comes_first_and_its_end(tokenizer, e
 def test_the_models_last_words_are_the_last(tokenizer):
     tokenizer.chat_template = CHATML
     try:
-        row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+        row = {
+            "prompt": [{"role": "user", "content": "a"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        }
         episode = to_episode(row, tokenizer)
     finally:
         tokenizer.chat_template = None

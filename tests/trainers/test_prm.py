@@ -100,7 +100,11 @@ def test_accumulated_batches_equal_one_batch(make_trainer, tokenizer, size):
         ).train()  # fmt: skip
         return model.state_dict()
 
-    whole, parts, start = trained(len(ROWS)), trained(size), make("Llama", "TokenClassification", len(tokenizer))
+    whole, parts, start = (
+        trained(len(ROWS)),
+        trained(size),
+        make("Llama", "TokenClassification", len(tokenizer)),
+    )
     assert max((whole[name] - w).abs().max().item() for name, w in start.state_dict().items()) > 1e-2
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, rtol=1e-6, atol=1e-7)

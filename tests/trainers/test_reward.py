@@ -61,8 +61,14 @@ def settings(directory: Any, **options: Any) -> RewardConfig:
 
 @pytest.fixture
 def make_trainer(tmp_path, tokenizer):
-    def build(model: Any = None, rows: Any = ROWS, tokenizer: Any = tokenizer, **options: Any) -> RewardTrainer:
-        parts = {name: options.pop(name) for name in ("eval_dataset", "peft_config", "compute_metrics") if name in options}
+    def build(
+        model: Any = None, rows: Any = ROWS, tokenizer: Any = tokenizer, **options: Any
+    ) -> RewardTrainer:
+        parts = {
+            name: options.pop(name)
+            for name in ("eval_dataset", "peft_config", "compute_metrics")
+            if name in options
+        }
         if model is None:
             model = make("Llama", "SequenceClassification", len(tokenizer))
         return RewardTrainer(
@@ -84,7 +90,9 @@ def scores(model: Any, tokenizer: Any, rows: Any) -> torch.Tensor:
     """[P, 2]"""
     return torch.stack(
         [
-            torch.stack([score(model, tokenizer, row["prompt"] + row[name]) for name in ("chosen", "rejected")])
+            torch.stack(
+                [score(model, tokenizer, row["prompt"] + row[name]) for name in ("chosen", "rejected")]
+            )
             for row in rows
         ]
     )
@@ -143,9 +151,7 @@ def test_your_own_metrics_get_the_scores_of_both(make_trainer, tokenizer):
         seen["labels"], seen["scores"] = evaluated.label_ids, evaluated.predictions
         return {"lowest": float(evaluated.predictions.min())}
 
-    trainer = make_trainer(
-        model, eval_dataset=ROWS, per_device_eval_batch_size=3, compute_metrics=lowest
-    )
+    trainer = make_trainer(model, eval_dataset=ROWS, per_device_eval_batch_size=3, compute_metrics=lowest)
     assert trainer.evaluate()["eval_lowest"] == pytest.approx(expected.min().item(), abs=1e-5)
     np.testing.assert_allclose(seen["scores"], expected.numpy(), atol=1e-5)
     assert seen["labels"].tolist() == [0] * len(ROWS)
@@ -165,7 +171,10 @@ def test_accumulated_batches_equal_one_batch(make_trainer, tokenizer, family):
         trainer.train()
         return model.state_dict(), trainer.state.log_history[0]
 
-    (whole, whole_log), start = trained(8), make(family, "SequenceClassification", len(tokenizer)).state_dict()
+    (whole, whole_log), start = (
+        trained(8),
+        make(family, "SequenceClassification", len(tokenizer)).state_dict(),
+    )
     assert max((whole[name] - start[name]).abs().max().item() for name in start) > 1e-2
     for size in (1, 3):
         parts, parts_log = trained(size)
@@ -202,7 +211,9 @@ def test_it_learns_what_people_prefer(make_trainer, tokenizer, way):
 
 def tokens(trainer: RewardTrainer, tokenizer: Any, number: int = 0) -> tuple[str, str]:
     row = trainer.train_dataset[number]
-    return tuple("".join(tokenizer.convert_ids_to_tokens(row[f"{name}_ids"])) for name in ("chosen", "rejected"))
+    return tuple(
+        "".join(tokenizer.convert_ids_to_tokens(row[f"{name}_ids"])) for name in ("chosen", "rejected")
+    )
 
 
 def test_what_is_read_of_a_row(make_trainer, tokenizer):

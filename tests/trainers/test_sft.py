@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import math
@@ -574,3 +575,26 @@ def test_an_interrupt_waits_for_a_checkpoint(tmp_path, tokenizer):
     unbroken.train()
     for name, weight in unbroken.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], weight)
+
+
+def test_a_base_model_is_given_a_chat_template(tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "base")
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    with pytest.raises(DataError, match="has no chat template"):
+        SFTTrainer(str(tmp_path / "base"), settings(tmp_path), train_dataset=[{"messages": MESSAGES}])
+    args = settings(tmp_path / "run", chat_template_path=str(tmp_path / "chat.jinja"))
+    trainer = SFTTrainer(str(tmp_path / "base"), args, train_dataset=[{"messages": MESSAGES}])
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == CHATML
+    args = settings(tmp_path, chat_template_path=str(tmp_path / "run"))  # that of another tokenizer
+    other = SFTTrainer(str(tmp_path / "base"), args, train_dataset=[{"messages": MESSAGES}])
+    assert other.train_dataset[0] == trainer.train_dataset[0]
+    with pytest.raises(ModelError, match="has no chat template; give a Jinja file"):
+        SFTTrainer(
+            str(tmp_path / "base"),
+            settings(tmp_path, chat_template_path=str(tmp_path / "base")),
+            eval_dataset=["a"],
+        )

@@ -100,6 +100,21 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_chat_template(name_or_path: str | os.PathLike[str]) -> str:
+    """The chat template in a Jinja file, or of the tokenizer of a directory or hub id.
+
+    Raises:
+        ModelError: there is no such place, or no template in it.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = load_tokenizer(name_or_path).chat_template
+    if not isinstance(template, str):
+        raise ModelError(f"the tokenizer of {str(name_or_path)!r} has no chat template; give a Jinja file")
+    return template
+
+
 def load_causal_lm(
     name_or_path: str | os.PathLike[str],
     *,

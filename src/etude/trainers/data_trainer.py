@@ -44,7 +44,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from etude.data.files import Rows
 from etude.errors import ConfigError, DataError, ModelError
-from etude.models.loading import add_adapter, load_language_model, trunk_of
+from etude.models.loading import add_adapter, load_chat_template, load_language_model, trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.trainers.data_config import DataConfig
 from etude.trainers.run_recorder import RunRecorder
@@ -105,6 +105,8 @@ class DataTrainer(Trainer):
         self._check(args, name, processing_class)
         self.base_model_name = name
         self.tokenizer = AutoTokenizer.from_pretrained(name) if processing_class is None else processing_class
+        if args.chat_template_path is not None:
+            self.tokenizer.chat_template = load_chat_template(args.chat_template_path)
         self.args = args  # which tokenising reads
         set_seed(args.seed)  # before a head or an adapter draws its weights
         model = self._prepared(model, args, peft_config)
@@ -235,7 +237,7 @@ class DataTrainer(Trainer):
         return (loss, *self.predictions(model, self._prepare_inputs(self.collate(rows))))
 
     def _own(self, count: int) -> int:
-        """How many of a batch's rows count here: to the last one, rows are added so that it can be divided."""
+        """How many of a batch's rows count here: the last one is filled up, so that it can be divided."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder < 1:
             return count
