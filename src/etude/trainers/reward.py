@@ -158,7 +158,7 @@ def _tokenize_pair(
     append_eos: bool,
     max_length: int | None,
 ) -> dict[str, Any]:
-    preference = to_preference(row, tokenizer, append_eos=False)
+    preference = to_preference(row, tokenizer, append_eos=False, scored=True)
     chosen, rejected = (
         scored_ids(answered_ids(episode), tokenizer, append_eos=append_eos, max_length=max_length)
         for episode in (preference.chosen, preference.rejected)
