@@ -1,4 +1,4 @@
-"""A score head is kept through save, merge and reload: whole models, LoRA adapters, and what is made of these."""
+"""A score head is kept through save, merge and reload: of whole models, LoRA adapters and merged ones."""
 
 import json
 

@@ -28,8 +28,10 @@ from etude.models.loading import trunk_of
 from etude.models.reward_model import add_scoring_adapter, load_reward_model
 from etude.models.score_head import Kind, with_score_head
 from etude.models.score_reader import ScoreReader
-from etude.trainers.data_trainer import DataTrainer, Model, Sums, map_rows
+from etude.trainers.data_trainer import DataTrainer, Model
+from etude.trainers.means import Sums
 from etude.trainers.reward_config import RewardConfig
+from etude.trainers.tokenizing import map_rows
 
 _BINS = 10
 _GAP = "calibration_gap_"  # of a bin; their absolute values sum up to the calibration error
@@ -66,7 +68,8 @@ class ScoreTrainer(DataTrainer):
         that also ends texts would hide their end, and isn't written: without any, a batch of texts is refused
         there, not scored one token too early.
         """
-        config: Any = trunk_of(self.model).config.get_text_config()
+        trained: Any = self.model
+        config = trunk_of(trained).config.get_text_config()
         pad, eos = config.pad_token_id, self.tokenizer.eos_token_id
         config.pad_token_id = None if pad == eos else pad
         super().save_model(output_dir, _internal_call)
@@ -155,7 +158,7 @@ def _tokenize_pair(
     append_eos: bool,
     max_length: int | None,
 ) -> dict[str, Any]:
-    preference = to_preference(row, tokenizer, append_eos=False)
+    preference = to_preference(row, tokenizer, append_eos=False, scored=True)
     chosen, rejected = (
         scored_ids(answered_ids(episode), tokenizer, append_eos=append_eos, max_length=max_length)
         for episode in (preference.chosen, preference.rejected)
