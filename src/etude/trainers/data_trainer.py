@@ -42,7 +42,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from etude.data.files import Rows
 from etude.errors import ConfigError
-from etude.models.loading import add_adapter, load_chat_template, load_language_model, trunk_of
+from etude.models.adapters import add_adapter
+from etude.models.loading import load_chat_template, load_language_model
+from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.trainers.data_config import DataConfig
 from etude.trainers.means import Means, Sums
