@@ -29,11 +29,12 @@ from etude.data.truncation import truncate
 from etude.errors import DataError
 from etude.math.likelihood import sequence_sums
 from etude.math.unpaired import kto_baseline, kto_loss
-from etude.trainers.data_trainer import Sums, map_rows
 from etude.trainers.kto_config import KTOConfig
+from etude.trainers.means import Sums
 from etude.trainers.preference import answer_of
 from etude.trainers.reference import evaluation_mode
 from etude.trainers.reference_trainer import ReferenceTrainer
+from etude.trainers.tokenizing import map_rows
 
 logger = logging.getLogger(__name__)
 
@@ -145,11 +146,10 @@ class KTOTrainer(ReferenceTrainer):
         finally:
             self.baseline = None
 
-    def _means(self, mode: str) -> dict[str, float]:
-        means = super()._means(mode)
-        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return means
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        if not {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            return means
+        return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
     def score_rows(self, rows: list[dict[str, Any]]) -> dict[str, list[float]]:
         policy: Any = self.model

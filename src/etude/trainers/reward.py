@@ -28,8 +28,10 @@ from etude.models.loading import trunk_of
 from etude.models.reward_model import add_scoring_adapter, load_reward_model
 from etude.models.score_head import Kind, with_score_head
 from etude.models.score_reader import ScoreReader
-from etude.trainers.data_trainer import DataTrainer, Model, Sums, map_rows
+from etude.trainers.data_trainer import DataTrainer, Model
+from etude.trainers.means import Sums
 from etude.trainers.reward_config import RewardConfig
+from etude.trainers.tokenizing import map_rows
 
 _BINS = 10
 _GAP = "calibration_gap_"  # of a bin; their absolute values sum up to the calibration error
