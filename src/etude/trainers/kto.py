@@ -114,15 +114,15 @@ class KTOTrainer(ReferenceTrainer):
 
     @torch.no_grad()
     def _baseline(self, model: nn.Module, batches: Iterable[tuple[Mapping[str, Any], bool]]) -> Tensor:
-        """The reference point, of these batches on all processes, where they count."""
+        """The reference point, of those batches on all processes that count."""
         total, count = torch.zeros((), device=self.args.device), 0
         with self.accelerator.autocast(), evaluation_mode(model):
             for batch, counts in batches:
                 pairs: Any = self._prepare_inputs(batch["mismatched"])
                 logprobs = sequence_sums(self.scorer(model, pairs).logprobs, list(pairs["counts"]))
-                moved = (logprobs - self._reference_logprobs(model, pairs)).sum()
-                if counts:
-                    total, count = total + moved, count + len(logprobs)
+                log_ratio = logprobs - self._reference_logprobs(model, pairs)
+                total = total + log_ratio.sum() * counts
+                count += len(logprobs) * counts
         sums = torch.stack([total, torch.full_like(total, count)])
         total, everywhere = self.accelerator.reduce(sums, "sum")
         return kto_baseline(total / everywhere.clamp_min(1))
@@ -133,25 +133,18 @@ class KTOTrainer(ReferenceTrainer):
         """As the base's; each batch of the step has the reference point of all of them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.measures_kl:
-            baseline = self._baseline(self.model_wrapped, [(batch, True) for batch in batches])
+            baseline = self._baseline(self.model_wrapped, ((batch, True) for batch in batches))
             batches = [{**batch, "baseline": baseline} for batch in batches]
         return batches, items
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **options: Any) -> EvalLoopOutput:
         """As the base's, with the reference point of the whole dataset."""
         if self.measures_kl:
-            self.baseline = self._baseline(self.model_wrapped, self._evaluated(dataloader))
+            self.baseline = self._baseline(self.model_wrapped, map(self.own_batch, dataloader))
         try:
             return super().evaluation_loop(dataloader, *args, **options)
         finally:
             self.baseline = None
-
-    def _evaluated(self, dataloader: Any) -> Iterator[tuple[dict[str, Any], bool]]:
-        """The batches of an evaluation, and whether each counts; see `prediction_step`."""
-        for batch in dataloader:
-            rows = batch["rows"].rows
-            own = self._own(len(rows))
-            yield self.collate(rows[: own or 1]), own > 0
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         if not {"rewards/chosen", "rewards/rejected"} <= means.keys():
