@@ -42,7 +42,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from etude.data.files import Rows
 from etude.errors import ConfigError
-from etude.models.loading import add_adapter, load_chat_template, load_language_model, trunk_of
+from etude.models.adapters import add_adapter
+from etude.models.loading import load_chat_template, load_language_model
+from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.trainers.data_config import DataConfig
 from etude.trainers.means import Means, Sums
@@ -222,17 +224,27 @@ class DataTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """The loss of a batch, and predictions and labels where `compute_metrics` needs them."""
-        rows = inputs["rows"].rows
-        own = self._own(len(rows))
-        if own:
-            loss = self.compute_loss(model, self._prepare_inputs(self.collate(rows[:own])))
-        else:  # a forward all the same: other processes may wait for it
-            total, sums = self.losses(model, self._prepare_inputs(self.collate(rows[:1])))
+        batch, counts = self.own_batch(inputs)
+        if counts:
+            loss = self.compute_loss(model, batch)
+        else:
+            total, sums = self.losses(model, batch)
             self._means["eval"].add({"loss": (0, 0), **dict.fromkeys(sums, (0, 0))})
             loss = 0 * total
         if prediction_loss_only:
             return loss, None, None
-        return (loss, *self.predictions(model, self._prepare_inputs(self.collate(rows))))
+        whole: Any = self._prepare_inputs(self.collate(inputs["rows"].rows))
+        return (loss, *self.predictions(model, whole))
+
+    def own_batch(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """A batch of those rows of an evaluation's that count here, and whether any does.
+
+        Where none does it is of one row all the same: other processes may wait for a forward.
+        """
+        rows = inputs["rows"].rows
+        own = self._own(len(rows))
+        batch: Any = self._prepare_inputs(self.collate(rows[: own or 1]))
+        return batch, own > 0
 
     def _own(self, count: int) -> int:
         """How many of a batch's rows count here: the last one is filled up, so that it can be divided."""
