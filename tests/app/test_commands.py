@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from etude.models.adapters import current_peft
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from etude.app.cli import main
-from etude.models.loading import current_peft, load_tokenizer
+from etude.models.loading import load_tokenizer
 from etude.runtime.run import RunDirectory
 
 REWARDS = """

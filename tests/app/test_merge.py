@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from etude.models.adapters import lora_config
 
 from etude.app.cli import main
 from etude.app.merge_arguments import MergeArguments
-from etude.models.loading import load_causal_lm, load_tokenizer, lora_config
+from etude.models.loading import load_causal_lm, load_tokenizer
 from etude.models.merging import Combination
 
 

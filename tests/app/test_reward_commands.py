@@ -1,4 +1,4 @@
-"""`etude reward` and `etude prm`, whole runs on a tiny model, and what they leave as the reward of another."""
+"""`etude reward` and `etude prm`, whole runs on a tiny model, and what they leave as another run's reward."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from decoder_families import FAMILIES, make_family
+from etude.models.adapters import add_adapter, current_peft, lora_config
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
 
 from etude.errors import ConfigError, ModelError
 from etude.models.export import probe_logits
-from etude.models.loading import add_adapter, current_peft, load_causal_lm, lora_config
+from etude.models.loading import load_causal_lm
 from etude.models.merging import merge_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.rewards.classifier import ClassifierReward

@@ -115,7 +115,7 @@ def test_another_tokenizer_reads_the_text(tokenizer, other_tokenizer, episodes):
     end = other_tokenizer.eos_token_id
     ids = [[*other_tokenizer(e.text)["input_ids"], end] for e in episodes]
     assert scores == pytest.approx([alone(model, each) for each in ids], abs=1e-5)
-    with pytest.raises(RewardError, match="has one that its model doesn't know .*read='text'"):
+    with pytest.raises(RewardError, match=r"has one that its model doesn't know .*read='text'"):
         run_sync(ModelReward(model, other_tokenizer, read="tokens")(episodes))
 
 

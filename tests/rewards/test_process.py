@@ -41,7 +41,7 @@ def test_each_step_is_scored_at_its_last_token(model, tokenizer):
     assert reward.level == "token"
     played = episode(tokenizer, "how? ", ["ab.c. .de[eos]"])
     [scores] = run_sync(reward([played]))
-    # One per sampled token; a blank step is none, and the last one gets the separator it lacks, for its score only.
+    # One per sampled token; a blank step is none; the last one gets the separator it lacks, to be scored.
     found = {place: score for place, score in enumerate(scores) if score is not None}
     expected = {
         2: right(model, tokenizer, "how? ab."),

@@ -44,7 +44,8 @@ def make_trainer(tmp_path, tokenizer):
             model = make("Llama", "TokenClassification", len(tokenizer))
         defaults: dict[str, Any] = {
             "output_dir": str(tmp_path), "max_steps": 1, "per_device_train_batch_size": len(ROWS),
-            "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "step_separator": ".",
+            "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
+            "step_separator": ".",
         }  # fmt: skip
         args = PRMConfig(**defaults | options)
         return PRMTrainer(model, args, train_dataset=rows, processing_class=tokenizer, **given)
@@ -115,8 +116,9 @@ def test_it_learns_which_steps_are_right(make_trainer, tokenizer, tmp_path, way)
     adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if "LoRA" in way else None
     make(way.split()[0], "CausalLM", len(tokenizer)).save_pretrained(tmp_path / "start")
     trainer = make_trainer(
-        str(tmp_path / "start"), climbing(300, seed=1), eval_dataset=climbing(100, seed=2), peft_config=adapter,
-        max_steps=60, per_device_train_batch_size=32, learning_rate=3e-3 if adapter is None else 1e-2,
+        str(tmp_path / "start"), climbing(300, seed=1), eval_dataset=climbing(100, seed=2),
+        peft_config=adapter, max_steps=60, per_device_train_batch_size=32,
+        learning_rate=3e-3 if adapter is None else 1e-2,
         lr_scheduler_type="constant", per_device_eval_batch_size=50,
     )  # fmt: skip
     trainer.train()
@@ -157,7 +159,7 @@ def test_steps_that_max_length_cuts_off_are_not_learned(make_trainer, tokenizer,
     trainer = make_trainer(rows=[row], max_length=4)
     assert (read(trainer, tokenizer), trainer.train_dataset[0]["labels"]) == (["bcd.", "bcd."], [0])
     assert "1 of 1 rows are longer than max_length=4 and are cut" in caplog.text
-    with pytest.raises(DataError, match="expected one of these combinations: prompt . completions . labels"):
+    with pytest.raises(DataError, match=r"expected one of these combinations: prompt \+ completions"):
         make_trainer(rows=[{"prompt": "a", "completion": "b"}])
     with pytest.raises(DataError, match="row 0: there are 1 steps and 2 labels"):
         make_trainer(rows=[{"prompt": "a", "completions": ["b"], "labels": [True, False]}])

@@ -195,8 +195,9 @@ def test_it_learns_what_people_prefer(make_trainer, tokenizer, way):
     model = make(family, "SequenceClassification", len(tokenizer))
     adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if "LoRA" in way else None
     trainer = make_trainer(
-        model, preferences(256, seed=1), tokenizer, eval_dataset=preferences(100, seed=2), peft_config=adapter,
-        max_steps=40, per_device_train_batch_size=32, learning_rate=3e-3 if adapter is None else 1e-2,
+        model, preferences(256, seed=1), tokenizer, eval_dataset=preferences(100, seed=2),
+        peft_config=adapter, max_steps=40, per_device_train_batch_size=32,
+        learning_rate=3e-3 if adapter is None else 1e-2,
         lr_scheduler_type="constant", per_device_eval_batch_size=50,
     )  # fmt: skip
     trainer.train()

@@ -14,9 +14,10 @@ from etude import PRMConfig, PRMTrainer, RewardConfig, RewardTrainer
 
 directory, processes = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
-pairs = [{"prompt": "which of these: ", "chosen": "cde" * (1 + i), "rejected": "f" * (1 + i % 3)} for i in range(8)]
-steps = [{"prompt": "ab"[:1 + i % 2], "completions": ["c" * i, "de"][: 1 + i % 2], "labels": [i > 3, True][: 1 + i % 2]}
+pairs = [{"prompt": "which of these: ", "chosen": "cde" * (1 + i), "rejected": "f" * (1 + i % 3)}
          for i in range(8)]
+steps = [{"prompt": "ab"[:1 + i % 2], "completions": ["c" * i, "de"][: 1 + i % 2],
+          "labels": [i > 3, True][: 1 + i % 2]} for i in range(8)]
 lora = LoraConfig(r=2, target_modules="all-linear")
 kinds = {
     "reward": (RewardTrainer, RewardConfig, pairs, {"center_rewards_coefficient": 0.1}, None),
@@ -34,8 +35,8 @@ for name, (trainer, config, rows, options, adapter) in kinds.items():
     logged = next(row for row in run.state.log_history if "loss" in row)
     names = ("loss", "accuracy", "brier", "calibration_error")
     if run.is_world_process_zero():
-        print(name, *(f"{before['eval_' + each]:.6f}" for each in names), *(f"{logged[each]:.4f}" for each in names),
-              end=";")
+        print(name, *(f"{before['eval_' + each]:.6f}" for each in names),
+              *(f"{logged[each]:.4f}" for each in names), end=";")
     run.save_model(f"{directory}/{name}-{processes}/saved")
     run.accelerator.wait_for_everyone()
 run.accelerator.end_training()

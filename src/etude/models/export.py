@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from etude.errors import ModelError
 from etude.models.head_files import save_head
-from etude.models.loading import explained, find_file
+from etude.models.places import explained, find_file
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

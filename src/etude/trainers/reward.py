@@ -24,12 +24,14 @@ from etude.data.preferences import to_preference
 from etude.data.scored import answered_ids, length_limit, pack_scored, scored_ids
 from etude.math.calibration import brier, reliability_bins
 from etude.math.reward_model import centring_penalty, pair_loss, pair_probabilities
-from etude.models.loading import trunk_of
 from etude.models.reward_model import add_scoring_adapter, load_reward_model
 from etude.models.score_head import Kind, with_score_head
 from etude.models.score_reader import ScoreReader
-from etude.trainers.data_trainer import DataTrainer, Model, Sums, map_rows
+from etude.models.wrappers import trunk_of
+from etude.trainers.data_trainer import DataTrainer, Model
+from etude.trainers.means import Sums
 from etude.trainers.reward_config import RewardConfig
+from etude.trainers.tokenizing import map_rows
 
 _BINS = 10
 _GAP = "calibration_gap_"  # of a bin; their absolute values sum up to the calibration error
@@ -66,7 +68,8 @@ class ScoreTrainer(DataTrainer):
         that also ends texts would hide their end, and isn't written: without any, a batch of texts is refused
         there, not scored one token too early.
         """
-        config: Any = trunk_of(self.model).config.get_text_config()
+        trained: Any = self.model
+        config = trunk_of(trained).config.get_text_config()
         pad, eos = config.pad_token_id, self.tokenizer.eos_token_id
         config.pad_token_id = None if pad == eos else pad
         super().save_model(output_dir, _internal_call)
