@@ -18,8 +18,13 @@ class Means:
         self._totals: dict[str, Tensor] = {}  # [2] each, float64
 
     def add(self, sums: Sums) -> None:
-        for name, pair in sums.items():
-            found = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in pair])
+        numbers = [number for pair in sums.values() for number in pair]
+        tensors = [_precise(x.detach()) for x in numbers if isinstance(x, Tensor)]
+        fetched = iter(torch.stack(tensors).tolist() if tensors else ())  # one wait for the device, not many
+        found_N2 = torch.tensor(
+            [next(fetched) if isinstance(x, Tensor) else float(x) for x in numbers], dtype=torch.float64
+        ).view(-1, 2)
+        for name, found in zip(sums, found_N2, strict=True):
             self._totals[name] = self._totals[name] + found if name in self._totals else found
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
@@ -27,11 +32,16 @@ class Means:
         totals, self._totals = self._totals, {}
         if not totals:
             return {}
-        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        stacked = torch.stack(list(totals.values())).to(accelerator.device, dtype)
-        sums_N2 = accelerator.reduce(stacked, "sum")
+        stacked = torch.stack(list(totals.values()))
+        if accelerator.device.type == "mps":  # which has no float64
+            stacked = stacked.float()
+        sums_N2 = accelerator.reduce(stacked.to(accelerator.device), "sum")
         return {
             name: (total / count).item()
             for name, (total, count) in zip(totals, sums_N2, strict=True)
             if count
         }
+
+
+def _precise(number: Tensor) -> Tensor:
+    return number.float() if number.device.type == "mps" else number.double()
