@@ -56,5 +56,5 @@ def test_data_is_marked_and_what_authors_write_is_not():
 
 @pytest.mark.parametrize("messages", [[], ["hi"], [{"from": "human"}], [{"role": None}], [None]])
 def test_what_is_not_a_conversation(messages):
-    with pytest.raises(DataError, match="no messages|message 0 has no role; its keys are"):
+    with pytest.raises(DataError, match=r"no messages|message 0 has no role; its keys are"):
         marked_messages(messages, CONTROL)
