@@ -149,10 +149,10 @@ def test_a_template_without_an_end_of_turn():
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
     assert targets(to_episode({"messages": MESSAGES}, tokenizer)) == "4\nYes\n</s>"
-    asked = {"messages": MESSAGES[:3]}
+    asked = {"messages": [*MESSAGES[:2], {"role": "user", "content": "Sure?"}]}
     assert targets(to_episode(asked, tokenizer)) == "4\n"
     whole = {"assistant_only_loss": False}
-    assert targets(to_episode(asked, tokenizer, **whole)).endswith("tool: ok<call>\n")
+    assert targets(to_episode(asked, tokenizer, **whole)).endswith("user: Sure?\n")
     assert targets(to_episode({"messages": MESSAGES}, tokenizer, **whole)).endswith("assistant: Yes\n</s>")
 
 
