@@ -7,13 +7,13 @@ from typing import get_args
 
 import pytest
 import torch
-from etude.models.adapters import lora_config
 from transformers import AutoModelForSequenceClassification
 
 from etude.app.cli import main
 from etude.data.files import load_rows
 from etude.data.selection import SelectionFormat
 from etude.math.kl import best_of_n_kl
+from etude.models.adapters import lora_config
 from etude.models.loading import load_causal_lm
 from etude.tools.calculator import calculator
 

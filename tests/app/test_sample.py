@@ -70,10 +70,13 @@ def test_it_goes_on_and_chooses_anew(sample: Any, capsys: pytest.CaptureFixture[
     assert "were played with generation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["dpo", "reward"])
-def test_pairs_are_learnt(sample: Any, command: str) -> None:
-    assert sample("--num_samples=3", "--format=preference") == 0
-    arguments = "--model_name_or_path=model --train_dataset=runs/samples/preference.jsonl --max_steps=2"
+@pytest.mark.parametrize("command", ["dpo", "reward", "kto"])
+def test_what_was_better_is_learnt(sample: Any, command: str) -> None:
+    rated = ["--format=unpaired-preference", "--min_reward=0.2"]
+    chosen = rated if command == "kto" else ["--format=preference"]
+    assert sample("--num_samples=3", *chosen) == 0
+    file = "unpaired-preference" if command == "kto" else "preference"
+    arguments = f"--model_name_or_path=model --train_dataset=runs/samples/{file}.jsonl --max_steps=2"
     assert main([command, *arguments.split(), "--output_dir=runs/learnt", "--save_strategy=no"]) == 0
     assert Path("runs/learnt/model.safetensors").exists()
 
