@@ -1,8 +1,7 @@
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etude.data.collate import IGNORED, pack, row_sums, supervised_labels
+from etude.data.collate import IGNORED, pack, supervised_labels
 from etude.types import Episode, Segment
 
 TOKENS = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -41,11 +40,3 @@ def test_a_shared_beginning_lies_there_once(prompt, one, other):
     assert shared["targets"].tolist() == apart["targets"].tolist() == [*one, *other]
     assert shared["counts"] == apart["counts"] == [len(one), len(other)]
     assert len(shared["input_ids"]) <= len(apart["input_ids"]) - len(prompt)
-
-
-def test_sums_of_rows():
-    values = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
-    sums = row_sums(values, [2, 0, 1])
-    assert sums.tolist() == [3, 0, 4]
-    sums[0].backward()
-    assert values.grad.tolist() == [1, 1, 0]

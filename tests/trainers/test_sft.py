@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
+from template_families import FAMILIES, REASONING, family_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -199,6 +201,16 @@ def test_each_format_is_tokenised(tmp_path, tokenizer, row, learned):
     labels = [label for label in tokenized["labels"] if label != -100]
     # A text's first token has nothing before it to predict it from.
     assert tokenizer.decode(labels) == (learned[1:] if learned.startswith("hi") else learned)
+
+
+def test_every_turn_is_learned_where_a_template_drops_earlier_reasoning(tmp_path):
+    qwen3 = family_tokenizer("qwen3")
+    tokenized = tokenize_rows(
+        [{"messages": REASONING}, {"messages": REASONING[:2]}], qwen3, settings(tmp_path)
+    )
+    learned = [qwen3.decode([label for label in labels if label != -100]) for labels in tokenized["labels"]]
+    first, second = (turn for [turn] in FAMILIES["qwen3"].turns["reasoning"])
+    assert learned == [first, second, first]
 
 
 def test_files_processes_and_columns(tmp_path, tokenizer):
@@ -574,3 +586,26 @@ def test_an_interrupt_waits_for_a_checkpoint(tmp_path, tokenizer):
     unbroken.train()
     for name, weight in unbroken.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], weight)
+
+
+def test_a_base_model_is_given_a_chat_template(tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "base")
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    with pytest.raises(DataError, match="has no chat template"):
+        SFTTrainer(str(tmp_path / "base"), settings(tmp_path), train_dataset=[{"messages": MESSAGES}])
+    args = settings(tmp_path / "run", chat_template_path=str(tmp_path / "chat.jinja"))
+    trainer = SFTTrainer(str(tmp_path / "base"), args, train_dataset=[{"messages": MESSAGES}])
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == CHATML
+    args = settings(tmp_path, chat_template_path=str(tmp_path / "run"))  # that of another tokenizer
+    other = SFTTrainer(str(tmp_path / "base"), args, train_dataset=[{"messages": MESSAGES}])
+    assert other.train_dataset[0] == trainer.train_dataset[0]
+    with pytest.raises(ModelError, match="has no chat template; give a Jinja file"):
+        SFTTrainer(
+            str(tmp_path / "base"),
+            settings(tmp_path, chat_template_path=str(tmp_path / "base")),
+            eval_dataset=["a"],
+        )

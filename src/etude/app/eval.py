@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from etude.app.arguments import EnvironmentArguments, SavedModelArguments
+from etude.app.arguments import EnvironmentArguments, FixedModelArguments
 from etude.app.environment import EnvironmentCode
 from etude.app.eval_arguments import EvalTaskArguments, EvaluationArguments
 from etude.app.references import load_object
@@ -29,7 +29,7 @@ _FOR_TOOLS = [name for name in SHIPPED if name != "paraphrase"]  # a reply is no
 
 
 def run(
-    model_arguments: SavedModelArguments,
+    model_arguments: FixedModelArguments,
     tasks: EvalTaskArguments,
     episodes: EnvironmentArguments,
     config: EvaluationArguments,
@@ -115,7 +115,7 @@ def _open(config: EvaluationArguments) -> RunDirectory:
 
 
 def _evaluate(
-    arguments: SavedModelArguments,
+    arguments: FixedModelArguments,
     code: EnvironmentCode,
     rows: Any,
     config: EvaluationArguments,

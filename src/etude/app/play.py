@@ -10,11 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from transformers import set_seed
-
 from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArguments, TaskArguments
-from etude.app.environment import EnvironmentCode
-from etude.models.loading import load_tokenizer
+from etude.app.environment import build_environment
 from etude.trainers.policy import PolicyTrainer
 
 
@@ -34,20 +31,11 @@ def train_by_playing(
         make_trainer: from the model, the environment and the three datasets, by keyword.
         seed: of what starts at random.
     """
-    # Code and data come before the model: mistakes in them show at once.
-    code = EnvironmentCode.load(episodes)
+    # Data come before the model: mistakes in them show at once.
     train, validation, held_out = (tasks.rows(part) for part in ("train", "eval", "test"))
-
-    set_seed(seed)  # a value head and an adapter start at random
-    tokenizer = load_tokenizer(**model_arguments.tokenizer_place)
-    model = load_model(
-        model_arguments.model_name_or_path,
-        peft_config=model_arguments.peft_config(),
-        **model_arguments.loading,
-    )
-    environment = code.environment(model, tokenizer)
+    environment = build_environment(load_model, model_arguments, episodes, seed)
     trainer = make_trainer(
-        model=model,
+        model=environment.model,
         environment=environment,
         train_dataset=train,
         eval_dataset=validation,

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from etude.data.families import Layout
 from etude.types import Episode
@@ -66,9 +65,3 @@ def pack(
         batch["source_ids"] = torch.cat([torch.tensor(source, dtype=torch.long) for source in sources])
         batch["source_lengths"] = [len(source) for source in sources]
     return batch
-
-
-def row_sums(values_M: Tensor, counts: Sequence[int]) -> Tensor:
-    """Sums [B] over each row's targets."""
-    rows = torch.repeat_interleave(torch.tensor(counts, device=values_M.device))
-    return values_M.new_zeros(len(counts)).index_add(0, rows, values_M)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Json, List, Value
 
 from etude.data.formats import COLUMNS, Format, detect_format, fitting_formats
 from etude.errors import DataError
@@ -28,46 +28,90 @@ def convert(dataset: Dataset, accepted: Sequence[Format], *, num_proc: int | Non
 
     Args:
         dataset: of any format.
-        accepted: what a trainer takes. Its own format wins over a conversion.
+        accepted: what a trainer takes. What the dataset has wins over a conversion.
         num_proc: processes that convert.
 
     Raises:
-        DataError: it is in no accepted format and none can be made of it.
+        DataError: it is in no accepted format and none can be made of it, or a row is wrong (named by its
+            number).
     """
     columns = dataset.column_names
-    rated = fitting_formats(columns, ["unpaired-preference"]) and dataset.features["label"] == Value("bool")
-    if rated and "unpaired-preference" not in accepted and "prompt-completion" in accepted:
-        kept = dataset.select([index for index, wanted in enumerate(dataset["label"]) if wanted])
-        logger.warning(
-            "the dataset rates its answers: the %d of %d whose label is true are imitated",
-            len(kept),
-            len(dataset),
-        )
-        if not len(kept):
-            raise DataError(f"none of the {len(dataset)} answers is wanted: label is false in all of them")
-        return kept.remove_columns("label")
+    if _rates(dataset) and "unpaired-preference" not in accepted and "prompt-completion" in accepted:
+        return _wanted(dataset)
     if fitting_formats(columns, accepted) or not fitting_formats(columns, ["preference"]):
         detect_format(columns, accepted)  # raises where the columns are wrong
         return dataset
     if "unpaired-preference" in accepted:
-        logger.info("the dataset has pairs: each becomes two rated answers, chosen wanted and rejected not")
-        return dataset.map(
-            _unpair_batch,
-            batched=True,
-            batch_size=100,
-            remove_columns=columns,
-            num_proc=num_proc,
-            desc="Unpairing",
-        )
+        logger.info("each preference becomes two rated answers: the chosen one wanted, the rejected one not")
+        return _map(dataset, unpair, {"label": Value("bool")}, num_proc)
     if "prompt-completion" in accepted:
         logger.warning(
-            "the dataset has preference pairs: the chosen answers are imitated, the rejected unused"
+            "the dataset has preferences: the chosen answers are imitated, the rejected ones unused"
         )
-        return dataset.map(_choose, remove_columns=["chosen", "rejected"], num_proc=num_proc, desc="Choosing")
+        return _map(dataset, _choose, {}, num_proc)
     if "prompt" in accepted:  # an implicit one: with a column of that name it would have fitted
-        return dataset.map(_only_prompt, remove_columns=columns, num_proc=num_proc, desc="Finding prompts")
+        return _map(dataset, _ask, {}, num_proc)
     detect_format(columns, accepted)
-    raise AssertionError("what fits no accepted format was refused")
+    raise AssertionError("what fits no accepted format is refused")
+
+
+def _rates(dataset: Dataset) -> bool:
+    """Has it a label per answer? A label that isn't true or false is another column."""
+    rated = fitting_formats(dataset.column_names, ["unpaired-preference"])
+    return bool(rated) and dataset.features["label"] == Value("bool")
+
+
+def _wanted(dataset: Dataset) -> Dataset:
+    kept = dataset.select([index for index, wanted in enumerate(dataset["label"]) if wanted])
+    if not len(kept):
+        raise DataError(f"none of the {len(dataset)} answers is wanted: label is false in all of them")
+    logger.warning("%d of %d answers are wanted (label) and are imitated", len(kept), len(dataset))
+    return kept.remove_columns("label")
+
+
+def _map(
+    dataset: Dataset,
+    change: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
+    added: Mapping[str, Any],
+    num_proc: int | None,
+) -> Dataset:
+    """`change` makes rows of each row: other columns are kept, answers become `completion`."""
+    features: dict[str, Any] = dict(dataset.features)
+    answer = features.pop("chosen")
+    features.pop("rejected")
+    messages = not isinstance(answer, Value)
+    answer = List(Json()) if messages else answer  # so that messages with different keys fit in one column
+    if messages or "prompt" not in features:
+        features["prompt"] = answer
+    if change is not _ask:
+        features["completion"] = answer
+    features |= added
+    return dataset.map(
+        _batch,
+        with_indices=True,
+        fn_kwargs={"change": change, "names": list(features)},
+        batched=True,
+        batch_size=100,
+        remove_columns=dataset.column_names,
+        features=Features(features),
+        num_proc=num_proc,
+        desc="Converting",
+    )
+
+
+def _batch(
+    batch: Mapping[str, list[Any]],
+    indices: Sequence[int],
+    change: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
+    names: Sequence[str],
+) -> dict[str, list[Any]]:
+    changed: list[dict[str, Any]] = []
+    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        try:
+            changed += change(dict(zip(batch, values, strict=True)))
+        except DataError as error:
+            raise type(error)(f"row {index}: {error}") from error
+    return {name: [row[name] for row in changed] for name in names}
 
 
 def unpair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -84,9 +128,9 @@ def split_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     """A preference with its prompt in a column of its own.
 
     An implicit prompt is what `chosen` and `rejected` begin with: whole messages, or text up to the beginning
-    of the word in which they part. The space before that word goes to the answers, as tokenizers have it; each
-    answer keeps at least something. Where answers are conversations and the prompt is a string, which repeats
-    the user's message, the conversations count.
+    of the word in which they part. The space before that word goes to the answers, as tokenizers have it, and
+    each answer keeps at least something. Where answers are conversations and the prompt is a string, which
+    repeats the user's message, the conversations count.
 
     Raises:
         DataError: the answers are not two strings or two lists of messages, or have no common beginning.
@@ -106,8 +150,8 @@ def split_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
         return dict(row)
     if prompt is not None and not (conversations and isinstance(prompt, str)):
         raise DataError(
-            f"prompt is a {kinds['prompt']} and the answers are {kinds['chosen']}s; expected strings everywhere "
-            "or lists of messages everywhere"
+            f"prompt is a {kinds['prompt']} and the answers are {kinds['chosen']}s; expected strings in all "
+            "of them, or lists of messages"
         )
     end = _common(chosen, rejected) if conversations else _common_words(chosen, rejected)
     if end == 0:
@@ -127,20 +171,14 @@ def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 def _common_words(chosen: str, rejected: str) -> int:
     end = _common(chosen, rejected)
     if any(re.match(r"\w", text[end:]) for text in (chosen, rejected)):  # not within a word
-        end -= len(re.search(r"\w*$", chosen[:end])[0])  # type: ignore[index]  # matches always
+        end -= len(re.search(r"\w*\Z", chosen[:end])[0])  # type: ignore[index]  # matches always
     return end - chosen[:end].endswith(" ")
 
 
-def _unpair_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    halves = [half for row in rows for half in unpair(row)]
-    return {name: [half[name] for half in halves] for name in halves[0]}
-
-
-def _choose(row: Mapping[str, Any]) -> dict[str, Any]:
+def _choose(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     row = split_prompt(row)
-    return {"prompt": row["prompt"], "completion": row["chosen"]}
+    return [{**row, "completion": row["chosen"]}]
 
 
-def _only_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": split_prompt(row)["prompt"]}
+def _ask(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [split_prompt(row)]

@@ -46,19 +46,19 @@ def to_source_targets(
 
 
 def _source(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(_text(row["prompt"], "prompt"), truncation=False, verbose=False)["input_ids"])
+    encoding = tokenizer(_text(row["prompt"], "prompt"), padding=False, truncation=False, verbose=False)
+    return list(encoding["input_ids"])
 
 
 def _target(value: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    labels = list(
-        tokenizer(text_target=_text(value, "the answer"), truncation=False, verbose=False)["input_ids"]
-    )
+    text = _text(value, "the answer")
+    labels = list(tokenizer(text_target=text, padding=False, truncation=False, verbose=False)["input_ids"])
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError(
             "the tokenizer has no end-of-sequence token to end answers with; set `tokenizer.eos_token`"
         )
-    return labels if eos in labels[1:] else [*labels, eos]
+    return labels if eos in labels[-2:] else [*labels, eos]  # mBART's last token is the language
 
 
 def _text(value: Any, name: str) -> str:

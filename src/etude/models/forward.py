@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from etude.models.head import CHUNK_BYTES, ChunkedHead, token_scores
-from etude.models.loading import decoder_of, trunk_of
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
 from etude.models.value_model import ValueModel
+from etude.models.wrappers import decoder_of, trunk_of
 
 
 class PolicyOutput(NamedTuple):
@@ -89,7 +89,7 @@ class PolicyForward(nn.Module):
             values = self._values_apart(self.value_model, input_ids, lengths, prefixes, wanted)
         outputs, count = outputs[: len(states)], len(states)
         score = token_scores if head is None else head
-        logprobs, entropies, _ = score(outputs, targets, temperature, entropy_gradient)
+        logprobs, entropies, *_ = score(outputs, targets, temperature, entropy_gradient)
         return PolicyOutput(
             logprobs=logprobs,
             entropies=entropies,

@@ -9,7 +9,7 @@ episodes that a policy sampled, with temperatures and values (`forward`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from etude.errors import ModelError
-from etude.models.head import CHUNK_BYTES, ChunkedHead, TokenScores, token_scores
-from etude.models.loading import trunk_of, unwrapped
+from etude.models.head import CHUNK_BYTES, ChunkedHead, TokenScores, token_scores, weighted
+from etude.models.linear_head import Weigh
 from etude.models.neftune import noisy_embeddings
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
+from etude.models.wrappers import trunk_of, unwrapped
 
 Batch = Mapping[str, Any]
 
@@ -60,11 +61,33 @@ class TokenScorer:
             batch: as `data.collate.pack` makes it, on the model's device.
             noise: NEFTune's α.
         """
+        return self.at_temperatures(model, batch, (), noise)[0]
+
+    def at_temperatures(
+        self, model: nn.Module, batch: Batch, others: Sequence[float], noise: float = 0.0
+    ) -> list[TokenScores]:
+        """The same, and after it the scores at other temperatures, without gradient, of the same forward."""
         targets = batch["targets"]
         if self.head is None:
-            return token_scores(self.logits(model, batch, noise), targets, temperature=1.0)
+            logits = self.logits(model, batch, noise)
+            with torch.no_grad():
+                more = [token_scores(logits.detach(), targets, temperature) for temperature in others]
+            return [token_scores(logits, targets, temperature=1.0), *more]
         inputs, states = self._inputs(batch)
-        with self._noisy(batch, noise), self.head.scoring(states, targets) as scores:
+        with self._noisy(batch, noise), self.head.scoring(states, targets, others) as scores:
+            model(**inputs)
+        return scores
+
+    def total(self, model: nn.Module, batch: Batch, weigh: Weigh, noise: float = 0.0) -> TokenScores:
+        """Scores with a `total`, Σ weight · log-probability, and its gradient: cheaper than to sum them up.
+
+        Args:
+            weigh: from log-probabilities [C] to weights [C], which count as constants.
+        """
+        if self.head is None:
+            return weighted(self(model, batch, noise), weigh)
+        inputs, states = self._inputs(batch)
+        with self._noisy(batch, noise), self.head.scoring(states, batch["targets"], weigh=weigh) as scores:
             model(**inputs)
         return scores[0]
 

@@ -73,6 +73,11 @@ class RunDirectory:
                 "Check the path, or restore the file"
             ) from error
 
+    def changed_settings(self, config: Mapping[str, Any]) -> list[str]:
+        """Names of settings that `config` has otherwise than the configuration that is stored."""
+        before, now = self.read_config(), _plain(config, finite=False)
+        return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
     def update_summary(self, values: Mapping[str, Any]) -> None:
         """Merge `values` into the summary: `before` is known long before `after`."""
         self._write("summary.json", _json({**self.read_summary(), **values}, indent=2) + "\n")
@@ -131,10 +136,20 @@ class RunDirectory:
             if limit is not None and len(episodes) >= limit:
                 break
             if step in (None, row["step"]) and split in (None, row["split"]):
-                for segment in row["segments"]:
-                    segment.pop("tokens", None)
-                episodes.append(Episode.from_json(row))
+                episodes.append(_episode(row))
         return episodes
+
+    def read_groups(self) -> dict[int, list[Episode]]:
+        """All episodes by step, each step's in the order they were written."""
+        groups: dict[int, list[Episode]] = {}
+        for _, row in _rows(self.path / EPISODES):
+            groups.setdefault(row["step"], []).append(_episode(row))
+        return groups
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write a file of JSON Lines, whole; the one of that name that was here stays until then."""
+        self._write(name, "".join(_json(row) + "\n" for row in rows))
+        return self.path / name
 
     # Checkpoints
 
@@ -250,6 +265,12 @@ class RunDirectory:
         with (self.path / name).open("a+b") as stream:
             _cut_unfinished_row(stream)
             stream.write(lines.encode())
+
+
+def _episode(row: dict[str, Any]) -> Episode:
+    for segment in row["segments"]:
+        segment.pop("tokens", None)
+    return Episode.from_json(row)
 
 
 def _rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -22,6 +22,8 @@ class DataConfig(TrainingArguments):
         remove_unused_columns: False unless given: the dataset holds what the loss needs and nothing else.
         label_names: the batch's own entry with one label for each item that the loss is a mean over.
         max_length: longer rows are cut, and it is said how many were. None keeps everything.
+        chat_template_path: a Jinja file, or the directory or hub id of a tokenizer, whose template renders
+            messages; for base models, which have none. It is saved with the tokenizer.
         append_eos: end texts and completions with the end-of-sequence token.
         disable_dropout: train without dropout.
         early_stopping_patience: evaluations without a better metric_for_best_model (the loss, unless given)
@@ -36,6 +38,7 @@ class DataConfig(TrainingArguments):
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     max_length: int | None = 1024
+    chat_template_path: str | None = None
     append_eos: bool = True
     disable_dropout: bool = False
     early_stopping_patience: int | None = None

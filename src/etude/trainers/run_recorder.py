@@ -24,8 +24,11 @@ FIELDS = {
     "loss": "loss",
     "accuracy": "accuracy",
     "mean_token_accuracy": "token accuracy",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "pairs right",
     "validation/loss": "validation loss",
     "validation/accuracy": "validation accuracy",
+    "validation/rewards/accuracies": "validation pairs right",
 }
 TWIN = "validation/"  # the report draws validation/loss into the plot of loss
 _ABOUT_THE_RUN = ("epoch", "total_flos", "train_", "num_input_tokens_seen")

@@ -22,13 +22,15 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.collate import IGNORED, pack, supervised_labels
 from etude.data.conversions import convert
 from etude.data.files import Rows, load_rows
-from etude.data.formats import DEMONSTRATIONS, to_episode
+from etude.data.formats import DEMONSTRATIONS, to_episodes
 from etude.data.packing import best_fit
 from etude.data.source_target import to_source_target
 from etude.errors import ConfigError
 from etude.models.scorer import TokenScorer
-from etude.trainers.data_trainer import DataTrainer, Model, Sums, map_rows
+from etude.trainers.data_trainer import DataTrainer, Model
+from etude.trainers.means import Sums
 from etude.trainers.sft_config import SFTConfig
+from etude.trainers.tokenizing import map_rows
 
 
 class SFTTrainer(DataTrainer):
@@ -93,12 +95,11 @@ class SFTTrainer(DataTrainer):
         if smoothing := self.args.label_smoothing_factor:
             logits_MV = self.scorer.logits(model, batch, noise or 0.0)
             return smoothed_loss(logits_MV, batch["targets"], smoothing), {}
-        scores = self.scorer(model, batch, noise or 0.0)
-        losses_M = -scores.logprobs
-        if self.args.loss_type == "dft":
-            losses_M = losses_M * scores.logprobs.detach().exp()
-        count = len(losses_M)
-        return losses_M.sum(), {
+        weigh = torch.exp if self.args.loss_type == "dft" else torch.ones_like
+        scores = self.scorer.total(model, batch, weigh, noise or 0.0)
+        assert scores.total is not None
+        count = len(scores.logprobs)
+        return -scores.total, {
             "mean_token_accuracy": (scores.hits.sum(), count),
             "entropy": (scores.entropies.sum(), count),
         }
@@ -184,16 +185,20 @@ def _tokenize_row(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     **options: Any,
-) -> dict[str, Any]:
-    episode = to_episode(_formatted(row, formatting_func), tokenizer, **options)
-    labels = supervised_labels(episode)[:max_length]
-    labels[:1] = [IGNORED] * len(labels[:1])  # nothing comes before the first token
-    return {
-        "input_ids": episode.token_ids[:max_length],
-        "labels": labels,
-        "cut": max_length is not None and len(episode) > max_length,
-        "learned": any(label != IGNORED for label in labels),
-    }
+) -> list[dict[str, Any]]:
+    tokenized = []
+    for episode in to_episodes(_formatted(row, formatting_func), tokenizer, **options):
+        labels = supervised_labels(episode)[:max_length]
+        labels[:1] = [IGNORED] * len(labels[:1])  # nothing comes before the first token
+        tokenized.append(
+            {
+                "input_ids": episode.token_ids[:max_length],
+                "labels": labels,
+                "cut": max_length is not None and len(episode) > max_length,
+                "learned": any(label != IGNORED for label in labels),
+            }
+        )
+    return tokenized
 
 
 def _tokenize_pair(
