@@ -198,6 +198,18 @@ def test_noises_by_name() -> None:
         load_noises(["caps"], [])
 
 
+def test_noises_under_names_of_ones_own(workplace: Path) -> None:
+    settings = yaml.safe_load(Path("eval.yaml").read_text())
+    settings["noise"] = {"typos": "characters(rate=0.4)", "loud": "mine.py:shout", "other": "paraphrase"}
+    settings["paraphrases"] = ["so {prompt}"]
+    Path("eval.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    assert evaluate("--tool_noise.bad=injection") == 0
+    run = RunDirectory("out")
+    names = ["clean", "typos", "loud", "other", "tool_bad"]
+    assert list(run.read_evaluation()["models"]["A"]["conditions"]) == names
+    assert run.read_episodes(split="A/other")[0].prompt == "so how much is 0+0, please?"
+
+
 def test_help_and_checks_load_nothing_slow() -> None:
     code = "import sys\nfrom etude.app.cli import main\ncode = main(sys.argv[1:])\n"
     code += "print('LOADED', *sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -61,31 +61,31 @@ def run(
 
 
 def load_noises(
-    references: Sequence[str], everything: Sequence[str], paraphrases: Sequence[str] = ()
+    references: Sequence[str] | Mapping[str, str],
+    everything: Sequence[str],
+    paraphrases: Sequence[str] = (),
 ) -> dict[str, Noise]:
-    """Noises under the names that were written.
+    """Noises under the names that were given to them, or else as they were written.
 
     Args:
         references: names of shipped noises, perhaps with arguments, or code references.
-        everything: what "all" stands for.
+        everything: what "all" stands for in a list.
         paraphrases: templates of the noise paraphrase, instead of its own.
 
     Raises:
         ConfigError: one leads nowhere, is no noise, or is there twice.
     """
-    found: dict[str, Noise] = {}
-    for name in [each for reference in references for each in _expanded(reference, everything)]:
-        if name in found:
-            raise ConfigError(f"the noise {name} is there twice; name it once")
-        if name == "paraphrase" and paraphrases:
-            found[name] = Paraphrase(list(paraphrases))
-        else:
-            found[name] = as_noise(_load(name))
-    return found
-
-
-def _expanded(reference: str, everything: Sequence[str]) -> Sequence[str]:
-    return everything if reference == "all" else [reference]
+    if not isinstance(references, Mapping):
+        each = [name for given in references for name in (everything if given == "all" else [given])]
+        if repeated := [name for name in each if each.count(name) > 1]:
+            raise ConfigError(f"the noise {repeated[0]} is there twice; name it once")
+        references = {name: name for name in each}
+    return {
+        name: Paraphrase(list(paraphrases))
+        if reference == "paraphrase" and paraphrases
+        else as_noise(_load(reference))
+        for name, reference in references.items()
+    }
 
 
 def _load(reference: str) -> Any:

@@ -63,15 +63,15 @@ class EvaluationArguments:
     success_reward: float = field(
         default=1.0, metadata={"help": "an episode with at least this reward counts as a success"}
     )
-    noise: list[str] = field(
+    noise: list[str] | dict[str, str] = field(
         default_factory=list,
         metadata={
             "help": "what is done to prompts, each by itself: characters, words, paraphrase, injection, "
             "distraction, with arguments such as characters(rate=0.2); code references of functions "
-            "(text, seed) -> text; all: all that are named here"
+            "(text, seed) -> text; all: all that are named here. As a mapping, under names of yours"
         },
     )
-    tool_noise: list[str] = field(
+    tool_noise: list[str] | dict[str, str] = field(
         default_factory=list,
         metadata={
             "help": "the same for what tools reply: characters, words, injection, distraction; your own; all"
@@ -107,5 +107,6 @@ class EvaluationArguments:
             raise ConfigError(f"confidence is {self.confidence}; expected between 0 and 1, such as 0.95")
         if self.compare_revision is not None and self.compare_to is None:
             raise ConfigError("compare_revision does nothing without compare_to; set that too")
-        if self.paraphrases and not {"paraphrase", "all"} & set(self.noise):
+        noises = self.noise.values() if isinstance(self.noise, dict) else self.noise
+        if self.paraphrases and not {"paraphrase", "all"} & set(noises):
             raise ConfigError("paraphrases does nothing without the noise paraphrase; add it to noise")
