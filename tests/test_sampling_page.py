@@ -13,7 +13,8 @@ from etude.app.cli import main
 from etude.data.files import load_rows
 from etude.data.selection import SelectionFormat
 from etude.math.kl import best_of_n_kl
-from etude.models.loading import load_causal_lm, lora_config
+from etude.models.adapters import lora_config
+from etude.models.loading import load_causal_lm
 from etude.tools.calculator import calculator
 
 PAGE = (Path(__file__).parents[1] / "docs" / "merging-and-sampling.md").read_text(encoding="utf-8")

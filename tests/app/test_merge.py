@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 
 from etude.app.cli import main
 from etude.app.merge_arguments import MergeArguments
-from etude.models.loading import load_causal_lm, load_tokenizer, lora_config
+from etude.models.adapters import lora_config
+from etude.models.loading import load_causal_lm, load_tokenizer
 from etude.models.merging import Combination
+from etude.rewards.model import ModelReward
 
 
 @pytest.fixture
@@ -49,6 +52,19 @@ def test_an_adapter(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(places) not in card
     assert load_causal_lm("merged", dtype="auto").dtype == torch.bfloat16
     assert load_tokenizer("merged").eos_token == "[eos]"
+
+
+def test_a_reward_model_that_was_trained_as_an_adapter(places: Path) -> None:
+    rows = [{"prompt": f"{n}+{n}=", "chosen": str(2 * n), "rejected": str(n)} for n in range(1, 5)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = "--model_name_or_path=model --train_dataset=pairs.jsonl --output_dir=reward --max_steps=3"
+    options = "--use_peft --lora_r=2 --learning_rate=1e-2 --save_strategy=no"
+    assert main(["reward", *arguments.split(), *options.split()]) == 0
+    assert merge("--sources=reward", "--output_dir=merged") == 0
+    texts = ["1+1=2", "3+3=1", "a"]
+    adapter, merged = (ModelReward(place).score_texts(texts) for place in ("reward", "merged"))
+    assert merged == pytest.approx(adapter, rel=1e-4, abs=1e-5)
+    assert len(set(merged)) == 3
 
 
 def test_several_adapters(places: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,14 @@ def test_it_goes_on_and_chooses_anew(sample: Any, capsys: pytest.CaptureFixture[
     assert "were played with generation" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["dpo", "reward"])
+def test_pairs_are_learnt(sample: Any, command: str) -> None:
+    assert sample("--num_samples=3", "--format=preference") == 0
+    arguments = "--model_name_or_path=model --train_dataset=runs/samples/preference.jsonl --max_steps=2"
+    assert main([command, *arguments.split(), "--output_dir=runs/learnt", "--save_strategy=no"]) == 0
+    assert Path("runs/learnt/model.safetensors").exists()
+
+
 def test_the_stored_settings_can_be_given_back(sample: Any) -> None:
     assert sample() == 0
     assert main(["sample", "--config=runs/samples/run.yaml", "--output_dir=runs/again"]) == 0

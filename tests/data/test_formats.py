@@ -56,6 +56,7 @@ def test_formats_are_told_by_their_columns(columns, expected):
         (["prompt", "completion", "label"], COLUMNS, "unpaired-preference"),
         (["prompt", "chosen", "rejected"], ["prompt"], "prompt"),
         (["chosen", "rejected", "margin"], COLUMNS, "preference"),
+        (["prompt", "chosen", "rejected"], COLUMNS, "preference"),
         (["prompt", "completions", "labels"], COLUMNS, "stepwise"),
     ],
 )

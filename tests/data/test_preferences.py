@@ -140,5 +140,9 @@ def test_labels_that_are_wrong(label):
 
 def test_an_answer_of_several_turns_that_no_text_holds_is_refused():
     row = {"prompt": THINKING[:1], "chosen": THINKING[1:], "rejected": THINKING[1:2]}
+    tokenizer = family_tokenizer("qwen3")
     with pytest.raises(TemplateError, match="turns fit in 2 texts and not in one"):
-        to_preference(row, family_tokenizer("qwen3"))
+        to_preference(row, tokenizer)
+    read = to_preference(row, tokenizer, scored=True)
+    assert read.chosen.token_ids == tokenizer.apply_chat_template(THINKING)["input_ids"]
+    assert read.rejected.token_ids == tokenizer.apply_chat_template(THINKING[:2])["input_ids"]

@@ -116,6 +116,26 @@ def test_a_template_that_asks_otherwise_than_it_renders_is_refused():
         conversation_rows(family_tokenizer("deepseek-r1"), THINKING)
 
 
+@pytest.mark.parametrize("thoughts", [{}, {"reasoning_content": "I'll add."}])
+@pytest.mark.parametrize("family", ["hermes", "gpt-oss"])
+def test_several_calls_that_are_alike(family, thoughts):
+    """What was shown before an answer stands there several times once it is answered."""
+    call = {**TOOLS[1], **(thoughts if family == "gpt-oss" else {})}
+    messages = [TOOLS[0], call, TOOLS[2], call, TOOLS[2], TOOLS[3]]
+    tokenizer = family_tokenizer(family)
+    turns = [
+        (tokens(row[:index]), segment.text)
+        for row in conversation_rows(tokenizer, messages)
+        for index, segment in enumerate(row)
+        if segment.target
+    ]
+    assert len(turns) == 3
+    for position in (1, 3, 5):
+        asked = tokenizer.apply_chat_template(messages[:position], add_generation_prompt=True)["input_ids"]
+        [said] = [text for prompt, text in turns if prompt == asked]
+        assert ("It is 5." in said) == (position == 5)
+
+
 def test_thoughts_that_are_dropped_once_there_is_an_answer():
     """gpt-oss' shows why a tool was called until the answer is there; that is learned with it shown."""
     call = {**TOOLS[1], "reasoning_content": "I'll add."}

@@ -157,7 +157,7 @@ def test_a_row_per_turn_where_a_template_forgets():
     messages = [
         {"role": "user", "content": "2+2?"},
         {"role": "assistant", "content": "easy</think>4"},
-        {"role": "user", "content": "Sure?"},
+        {"role": "tool", "content": "Sure?"},
         {"role": "assistant", "content": "hm</think>Yes"},
         {"role": "user", "content": "Thanks."},
     ]
@@ -166,11 +166,45 @@ def test_a_row_per_turn_where_a_template_forgets():
     assert [s.text for s in first] == [
         "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", "easy</think>4<|im_end|>", "\n"
     ]  # fmt: skip
+    assert first[-1].source == "environment", "the tool hasn't spoken yet"
     assert [s.text for s in second if s.target] == ["hm</think>Yes<|im_end|>"]
     assert second[0].text.startswith("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>")
     assert "Thanks." not in "".join(s.text for s in second), "what follows would change what is learned"
     [only] = conversation_rows(tokenizer, messages, target_from=3)
     assert only == second
+
+
+def test_a_turn_that_cannot_be_found_is_an_error():
+    """Of two answers in a row the first is rewritten, and what is left of the question stands there twice."""
+    thought, again = ({"role": "assistant", "content": f"r</think>{i}"} for i in range(2))
+    messages = [CONVERSATION[1], thought, again, {"role": "assistant", "content": "2"}]
+    with pytest.raises(TemplateError, match="renders the header after message 2"):
+        conversation_rows(chat_tokenizer(FORGETFUL), messages)
+
+
+CHANGING = CHATML.replace("{{ m.content }}", "{{ '!' if loop.last and m.role == 'tool' }}{{ m.content }}")
+HEADER = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("data", ["6", HEADER + "6"])
+@pytest.mark.parametrize("end", ["<|im_end|>", ""])
+def test_a_message_that_changes_once_it_is_answered(end, data):
+    """Nothing of it is left but the header; or its end, or what the data says, which is no header."""
+    tokenizer = chat_tokenizer(CHANGING.replace("<|im_end|>\n{% endfor", f"{end}\n{{% endfor"))
+    messages = [CONVERSATION[1], {"role": "tool", "content": data}, CONVERSATION[4]]
+    [row] = conversation_rows(tokenizer, messages)
+    assert [s.text.strip() for s in row if s.target] == [f"It is 6.{end}"]
+    asked = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert row[0].text == asked
+    assert asked.endswith(f"!{data}{end}\n{HEADER}")
+
+
+def test_data_cannot_pass_for_a_header():
+    asks = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    asks += "{% if add_generation_prompt %}bot: {% endif %}"
+    messages = [CONVERSATION[1], {"role": "tool", "content": "bot: 6"}, CONVERSATION[4]]
+    with pytest.raises(TemplateError, match="renders the header after message 1"):
+        conversation_rows(chat_tokenizer(asks), messages)
 
 
 def test_one_row_where_a_template_leaves_turns_as_they_were():
@@ -218,16 +252,16 @@ def test_what_a_template_marks_is_what_is_learned():
     tokenizer = chat_tokenizer(MARKED)
     messages = [
         {"role": "assistant", "content": "Hello."},
-        CONVERSATION[1],
-        {"role": "assistant", "content": "6.", "thoughts": "2*3"},
         CONVERSATION[3],
+        {"role": "assistant", "content": "6.", "thoughts": "2*3"},
+        CONVERSATION[1],
     ]
     [row] = conversation_rows(tokenizer, messages)
     assert [(s.source, s.text) for s in row if s.target] == [
         ("model", "Hello.<|im_end|>"), ("model", "2*3"), ("model", "6.<|im_end|>")
     ]  # fmt: skip
     assert [s.source for s in row] == [
-        "prompt", "model", "environment", "model", "environment", "model", "tool"
+        "prompt", "model", "tool", "model", "environment", "model", "environment"
     ]  # fmt: skip
     assert [i for s in row for i in s.token_ids] == tokenizer.apply_chat_template(messages)["input_ids"]
     unmarked = [CONVERSATION[1], {"role": "assistant", "content": ""}]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from etude.models.adapters import add_adapter, lora_config
+from etude.models.wrappers import trunk_of, unwrapped
 from huggingface_hub import constants
 from peft import PeftModel
 from tokenizers import Tokenizer
@@ -29,15 +31,7 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.loading import (
-    add_adapter,
-    best_device,
-    load_causal_lm,
-    load_tokenizer,
-    lora_config,
-    trunk_of,
-    unwrapped,
-)
+from etude.models.loading import best_device, load_causal_lm, load_tokenizer
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 
 

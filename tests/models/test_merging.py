@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from decoder_families import FAMILIES, make_family
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -18,8 +19,9 @@ from transformers import (
 )
 
 from etude.errors import ConfigError, ModelError
+from etude.models.adapters import add_adapter, current_peft, lora_config
 from etude.models.export import probe_logits
-from etude.models.loading import add_adapter, current_peft, load_causal_lm, lora_config
+from etude.models.loading import load_causal_lm
 from etude.models.merging import merge_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.rewards.classifier import ClassifierReward
@@ -187,6 +189,39 @@ def test_encoder_decoders(tmp_path, tokenizer):
     merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(probe_logits(merged), probe_logits(model), rtol=1e-4, atol=1e-4)
     assert not any(name.startswith("tokenizer") for name in exported.files)
+
+
+@pytest.mark.parametrize(
+    ("model", "heads", "classes"),
+    [
+        ("Bart", ["classification_head"], {"SEQ_CLS": AutoModelForSequenceClassification}),
+        ("Bert", ["classifier", "pooler"], {"SEQ_CLS": AutoModelForSequenceClassification}),
+        ("Bert", ["classifier"], {"TOKEN_CLS": AutoModelForTokenClassification}),
+    ],
+)
+def test_heads_of_several_layers(model, heads, classes, tmp_path):
+    """Whatever the alignment of weights that are mapped from their file."""
+    [(task, auto)] = classes.items()
+    torch.manual_seed(0)
+    sizes = (
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        if model == "Bert"
+        else {
+            **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
+            **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
+            **{f"{side}_ffn_dim": 16 for side in ("encoder", "decoder")},
+            "d_model": 16,
+        }
+    )
+    config = getattr(transformers, f"{model}Config")(vocab_size=50, max_position_embeddings=64, **sizes)
+    getattr(transformers, f"{model}Model")(config).save_pretrained(tmp_path / "base")
+    base = auto.from_pretrained(tmp_path / "base", num_labels=1 if task == "SEQ_CLS" else 2)
+    targets = ["query"] if model == "Bert" else ["q_proj"]
+    adapted = add_adapter(base, LoraConfig(task_type=task, target_modules=targets, modules_to_save=heads))
+    train(adapted).save_pretrained(tmp_path / "adapter")
+    assert merge_adapters(tmp_path / "adapter", tmp_path / "merged").change < 1e-5
+    merged = auto.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(probe_logits(merged), probe_logits(adapted), rtol=1e-4, atol=1e-5)
 
 
 # ---- several adapters ----

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from etude.models.adapters import add_adapter, lora_config
+from etude.models.wrappers import trunk_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +21,6 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.loading import add_adapter, lora_config, trunk_of
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 

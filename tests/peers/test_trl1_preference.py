@@ -26,6 +26,7 @@ from etude.math.unpaired import kto_baseline, kto_loss
 from etude.trainers.cpo import CPOTrainer, contrast
 from etude.trainers.dpo import DPOTrainer
 from etude.trainers.kto import KTOTrainer
+from etude.trainers.means import Means
 from etude.trainers.orpo import ORPOTrainer
 from etude.trainers.preference import Pairs
 from etude.trainers.preference_config import CPOConfig
@@ -194,8 +195,9 @@ def test_the_same_batch_through_the_same_model(name, tokenizer, tmp_path):
     close(loss, theirs["loss"])
     loss.backward()
     close(trainer.model.get_parameter(PEER["weight"]).grad, theirs["gradient"])
-    trainer._record("train", sums)
-    ours = trainer._means("train")
+    means = Means()
+    means.add(sums)
+    ours = trainer.summary(means.take(trainer.accelerator))
     for metric, value in theirs["logged"].items():
         # TRL logs a mean per token under this name where its loss takes one; ours is of the whole answer.
         if name in ("orpo", "simpo") and metric.startswith("logps/"):

@@ -87,11 +87,10 @@ def test_a_whole_model_packed_and_padded(name, make_trainer):
     assert gradients.keys() == theirs["gradients"].keys()
     for parameter, gradient in gradients.items():
         close(gradient, theirs["gradients"][parameter])
-    trainer.model.eval()
-    trainer.compute_loss(trainer.model, batch)
-    means = trainer._means("eval")
+    _, sums = trainer.losses(trainer.model, batch)
     for metric, value in theirs["metrics"].items():
-        close(torch.tensor(means[metric]), value)
+        total, count = sums[metric]
+        close(total / count, value)
 
 
 @pytest.mark.peers

@@ -113,6 +113,18 @@ def test_losses_without_a_reference_from_the_text_on(make_llama, tokenizer, tmp_
         assert trainer.evaluate()["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-9), kind
 
 
+def test_a_prompt_is_computed_once(make_llama, tokenizer, tmp_path):
+    """That of both answers, and of the two rows that have the same one."""
+    trainer = made(ORPOTrainer, make_llama(), tokenizer, tmp_path)
+    rows = list(trainer.train_dataset)
+    tokens = len(trainer.collate(rows)["input_ids"])
+    answers = sum(
+        label != IGNORED for row in rows for side in ("chosen", "rejected") for label in row[f"{side}_labels"]
+    )
+    prompts = {row["prompt"]: len(tokenizer.encode(row["prompt"])) for row in PAIRS}
+    assert tokens <= answers + sum(prompts.values())
+
+
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_encoder_decoders(kind, tokenizer, tmp_path):
     """T5's answers by its own labels, one at a time; the same model trains."""

@@ -43,7 +43,7 @@ for name, (kind, settings) in kinds.items():
         output_dir=f"{directory}/{name}-{processes}", max_steps=1, per_device_train_batch_size=size,
         gradient_accumulation_steps=4 // processes, use_cpu=True, save_strategy="no", disable_tqdm=True,
         logging_steps=1, per_device_eval_batch_size=2, report_to="none", **settings)
-    trainer = kind(model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+    trainer = kind(model, args=args, train_dataset=rows, eval_dataset=rows[:3], processing_class=tokenizer,
                    optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None), **referred)
     trainer.train()
     logged = trainer.state.log_history[0] | trainer.evaluate()

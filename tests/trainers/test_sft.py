@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
+from template_families import FAMILIES, REASONING, family_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -200,6 +201,16 @@ def test_each_format_is_tokenised(tmp_path, tokenizer, row, learned):
     labels = [label for label in tokenized["labels"] if label != -100]
     # A text's first token has nothing before it to predict it from.
     assert tokenizer.decode(labels) == (learned[1:] if learned.startswith("hi") else learned)
+
+
+def test_every_turn_is_learned_where_a_template_drops_earlier_reasoning(tmp_path):
+    qwen3 = family_tokenizer("qwen3")
+    tokenized = tokenize_rows(
+        [{"messages": REASONING}, {"messages": REASONING[:2]}], qwen3, settings(tmp_path)
+    )
+    learned = [qwen3.decode([label for label in labels if label != -100]) for labels in tokenized["labels"]]
+    first, second = (turn for [turn] in FAMILIES["qwen3"].turns["reasoning"])
+    assert learned == [first, second, first]
 
 
 def test_files_processes_and_columns(tmp_path, tokenizer):

@@ -78,7 +78,7 @@ class FixedModelArguments:
             "attn_implementation": self.attn_implementation,
         }
         if self.quantized:
-            from etude.models.loading import quantization_config  # loads torch
+            from etude.models.adapters import quantization_config  # loads torch
 
             options["quantization_config"] = quantization_config(bits=4 if self.load_in_4bit else 8)
         return options
@@ -124,7 +124,7 @@ class ModelArguments(FixedModelArguments):
 
     def peft_config(self) -> LoraConfig | None:
         """The fresh adapter that is asked for, if one is."""
-        from etude.models.loading import lora_config  # loads torch
+        from etude.models.adapters import lora_config  # loads torch
 
         if not self.use_peft:
             return None

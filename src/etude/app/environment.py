@@ -77,7 +77,6 @@ def build_environment(
     model_arguments: FixedModelArguments,
     episodes: EnvironmentArguments,
     seed: int,
-    **options: Any,
 ) -> TextEnvironment:
     """The environment, around the model (its `model`) that it has loaded, and the `tokenizer`.
 
@@ -87,7 +86,6 @@ def build_environment(
     Args:
         load_model: from a name and what the arguments say, such as `load_causal_lm`.
         seed: of what starts at random in the model (a value head, an adapter), and of the episodes.
-        options: what else `TextEnvironment` takes, such as `slots`.
     """
     code = EnvironmentCode.load(episodes)
     set_seed(seed)
@@ -97,7 +95,7 @@ def build_environment(
         peft_config=model_arguments.peft_config(),
         **model_arguments.loading,
     )
-    return code.environment(model, tokenizer, **options)
+    return code.environment(model, tokenizer)
 
 
 def _reward_of(place: str) -> ModelReward | ProcessReward:

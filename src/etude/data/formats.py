@@ -83,8 +83,10 @@ def detect_format(columns: Collection[str], accepted: Sequence[Format] = DEMONST
 
 def fitting_formats(columns: Collection[str], among: Sequence[Format]) -> list[Format]:
     """Formats whose columns are all there, without those that another one of them includes."""
-    found = [name for name in among if set(COLUMNS[name]) <= set(columns)]
-    return [a for a in found if not any(set(COLUMNS[a]) < set(COLUMNS[b]) for b in found)]
+    found = {name: set(COLUMNS[name]) for name in among if set(COLUMNS[name]) <= set(columns)}
+    if "preference" in found and "prompt" in columns:
+        found["preference"].add("prompt")
+    return [name for name, own in found.items() if not any(own < other for other in found.values())]
 
 
 def _described(name: Format) -> str:

@@ -12,13 +12,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.conversions import split_prompt
-from etude.data.formats import to_episode
+from etude.data.formats import to_episode, to_episodes
 from etude.errors import DataError, TemplateError
 from etude.types import Episode, Preference, Rating
 
 
 def to_preference(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, append_eos: bool = True
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    append_eos: bool = True,
+    scored: bool = False,
 ) -> Preference:
     """Tokenise a row of `[prompt,] chosen, rejected [, margin] [, tools]`; both answers are targets.
 
@@ -26,15 +30,18 @@ def to_preference(
         row: prompts and answers are strings or lists of messages; see `split_prompt` for implicit prompts.
         tokenizer: of the model to train.
         append_eos: end answers that are strings with the EOS. Messages end as their template ends them.
+        scored: the answers are to be read, not learned. Then one text does for a conversation whose earlier
+            turns the template rewrites: the last that `to_episodes` makes, which is all of it.
 
     Raises:
         DataError: a value has the wrong type, or the template can't render it.
     """
     row = split_prompt(row)
     chosen, rejected = (
-        _answer(row, row[name], tokenizer, append_eos=append_eos) for name in ("chosen", "rejected")
+        _answer(row, row[name], tokenizer, append_eos=append_eos, scored=scored)
+        for name in ("chosen", "rejected")
     )
-    if _prompt_ids(chosen) != _prompt_ids(rejected):
+    if not scored and _prompt_ids(chosen) != _prompt_ids(rejected):
         raise TemplateError(
             "the chat template renders the prompt differently before the chosen and the rejected answer: "
             f"{_prompt_text(chosen)[-60:]!r} and {_prompt_text(rejected)[-60:]!r}"
@@ -57,11 +64,19 @@ def to_rating(
 
 
 def _answer(
-    row: Mapping[str, Any], completion: Any, tokenizer: PreTrainedTokenizerBase, *, append_eos: bool
+    row: Mapping[str, Any],
+    completion: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    append_eos: bool,
+    scored: bool = False,
 ) -> Episode:
     beside = {name: row[name] for name in row if name in ("tools", "chat_template_kwargs")}
     plain = {"prompt": row["prompt"], "completion": completion, **beside}
-    episode = to_episode(plain, tokenizer, append_eos=append_eos)
+    if scored:
+        episode = to_episodes(plain, tokenizer, append_eos=append_eos)[-1]
+    else:
+        episode = to_episode(plain, tokenizer, append_eos=append_eos)
     episode.task = dict(row)
     return episode
 

@@ -242,17 +242,20 @@ class Rendering:
         """
         unasked, before = self.text(position), self.text(position - 1) if position > 1 else ""
         header = len(unasked) if asked.startswith(unasked) else len(asked)
-        first = len(before) if text.startswith(before) else 0  # where the last message begins, at least
-        starts = [match.start() for match in _control_pattern(self.tokenizer).finditer(asked)]
-        if first and self.messages[position - 1]["role"] != "assistant":
-            starts.append(header)  # data can't contain it: its control tokens are marked
+        last = len(before) if asked.startswith(before) else 0  # where the last message begins, at least
+        first = len(before) if text.startswith(before) else 0  # the same in `text`
+        control = _control_pattern(self.tokenizer)
+        starts = [match.start() for match in control.finditer(asked, 0, header)]
+        if first and control.search(asked, header) and self.messages[position - 1]["role"] != "assistant":
+            starts.append(header)  # the last message can't contain it: control tokens in data are marked
         for start in starts:  # the longest ending of what was shown that is still there
             shown = asked[start:]
-            if start > header or not shown or not (count := text.count(shown, first)):
+            found = text.rfind(shown, first)
+            if found < 0:
                 continue
-            if count > 1:
-                break
-            return asked + text[text.index(shown, first) + len(shown) :]
+            if start > last and text.count(shown, first) > 1:
+                break  # without all of the last message, it may be the answer's own
+            return asked + text[found + len(shown) :]
         raise self.rewritten(asked, text, position - 1, header=True)
 
     def _complete(self, turn: Turn, position: int) -> Turn:

@@ -76,7 +76,7 @@ def conversation_rows(
     rows = [] if turns else [_cut(rendering, whole, {}, count)]
     while turns:
         last = max(turns)
-        if rows or not turns[last].within(whole):
+        if not turns[last].within(whole):
             whole, count = turns[last].text, last + 1
         held = {position: turn for position, turn in turns.items() if turn.within(whole)}
         rows.insert(0, _cut(rendering, whole, held, count))

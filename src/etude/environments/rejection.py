@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def sample_dataset(
     seed: int = 0,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
+    on_group: Callable[[Sequence[Episode]], None] | None = None,
 ) -> SamplingSummary:
     """Play, choose, and write `<format>.jsonl` into a run directory.
 
@@ -76,6 +77,7 @@ def sample_dataset(
         resume: go on with the episodes that are in `output_dir`: what is missing is played, with more
             `num_samples` than before also more of each task. It is for you to see that the model is the same.
         settings: how the episodes come about. They are stored, and have to be equal when the run is resumed.
+        on_group: told of the episodes that were played for a task, once they are stored.
 
     Raises:
         CheckpointError: the directory holds episodes and `resume` is false, or they were played otherwise.
@@ -94,7 +96,7 @@ def sample_dataset(
     else:
         run.write_config({**(settings or {}), "seed": seed})
     played = {task: len(episodes) for task, episodes in stored.items()}
-    run_sync(_play_missing(environment, rows, run, played, num_samples, seed))
+    run_sync(_play_missing(environment, rows, run, played, num_samples, seed, on_group))
 
     groups = {task: episodes[:num_samples] for task, episodes in run.read_groups().items()}
     chosen = [row for task in sorted(groups) for row in selection.rows(task, groups[task])]
@@ -146,6 +148,7 @@ async def _play_missing(
     played: Mapping[int, int],
     num_samples: int,
     seed: int,
+    on_group: Callable[[Sequence[Episode]], None] | None,
 ) -> None:
     """Play what isn't stored. A task's episodes are stored together, as soon as they are scored."""
     # Enough tasks for all slots, while others of their group are still waiting for tools and rewards.
@@ -159,5 +162,7 @@ async def _play_missing(
                 environment, [rows[task] for _ in missing], environment.sampler, seeds
             )
             run.append_episodes(task, "train", group, environment.tokenizer)
+            if on_group is not None:
+                on_group(group)
 
     await gather_all([play(task) for task in range(len(rows)) if played.get(task, 0) < num_samples])

@@ -20,17 +20,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from etude.errors import ConfigError, ModelError
+from etude.models.adapters import find_adapter
 from etude.models.export import Exported, check_output_dir, export, find_tokenizer
 from etude.models.head_files import average_heads
-from etude.models.loading import (
-    VALUE_HEAD_KEY,
-    as_dtype,
-    checked_dtype,
-    explained,
-    find_adapter,
-    locate,
-    quiet_about,
-)
+from etude.models.loading import VALUE_HEAD_KEY, as_dtype, checked_dtype, quiet_about
+from etude.models.places import explained, locate
 
 
 def average_models(

@@ -7,6 +7,7 @@ loaded again, compared, and renamed. Not covered: what the model is made of (`me
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from etude.errors import ModelError
 from etude.models.head_files import save_head
-from etude.models.loading import explained, find_file
+from etude.models.places import explained, find_file
+from etude.models.wrappers import trunk_of
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -129,8 +131,8 @@ def probe_logits(model: nn.Module) -> Tensor:
             text.eos_token_id,
         ]
     input_ids = torch.tensor([ids], device=next(model.parameters()).device)
-    is_causal = not config.is_encoder_decoder or hasattr(model, "classification_head")
-    inputs = {} if is_causal else {"decoder_input_ids": input_ids}
+    both_sides = "decoder_input_ids" in inspect.signature(trunk_of(model).forward).parameters
+    inputs = {"decoder_input_ids": input_ids} if both_sides else {}
     logits: Tensor = model(input_ids=input_ids, **inputs).logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -149,6 +151,9 @@ def _check_reload(model: PreTrainedModel, directory: Path) -> Tensor:
         parameter.data = parameter.data.to(stored[name].dtype)
         if not torch.equal(stored[name], parameter.to(stored[name].device)):
             raise ModelError(f"{name!r} is not what it was after saving and loading")
+    for tensor in (tensor for part in (model, again) for tensor in (*part.parameters(), *part.buffers())):
+        # Weights that are mapped from a file begin anywhere, and products of matrices hang on it, by a bit.
+        tensor.data = tensor.data.clone()
     logits = probe_logits(again)
     if not torch.equal(logits, probe_logits(model).to(logits.device)):
         raise ModelError("the model that is loaded again gives other logits, from the same weights")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from etude.models.head import CHUNK_BYTES, ChunkedHead, token_scores
-from etude.models.loading import decoder_of, trunk_of
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
 from etude.models.value_model import ValueModel
+from etude.models.wrappers import decoder_of, trunk_of
 
 
 class PolicyOutput(NamedTuple):

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etude.errors import ModelError
-from etude.models.loading import VALUE_HEAD_KEY, find_file
+from etude.models.loading import VALUE_HEAD_KEY
+from etude.models.places import find_file
 
 logger = logging.getLogger(__name__)
 

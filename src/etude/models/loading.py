@@ -1,35 +1,25 @@
-"""Tokenizers and causal language models: from a directory or the hub, and out of their wrappers again.
+"""Tokenizers and language models: from a directory or the hub.
 
 Covers plain checkpoints, LoRA adapters (the base is found through the adapter's own configuration) and
 the mistakes people make on the way: a typo in a path, a model of the wrong kind, an option nobody knows.
-Not covered: value heads (`value_head`), frozen copies (`reference`), encoder-decoder models.
+Not covered: value heads (`value_head`), frozen copies (`reference`), fresh adapters (`adapters`).
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
-    TaskType,
-    get_peft_model,
-    prepare_model_for_kbit_training,
 )
-from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -38,29 +28,21 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, base_of, current_peft, find_adapter
+from etude.models.places import HUB_OPTIONS, explained, find_file, locate
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
-
-# The options that say where a checkpoint's files are, as every loader of the ecosystem spells them.
-HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 # TRL 0.7.4 wrote the value head into the trunk's own file, under these names.
 VALUE_HEAD_KEY = re.compile(r"(?:^|\.)v_head\.")
 
 _ANY, _NONE = re.compile(""), re.compile("(?!)")
-
-# What a wrapper calls the model in it: our value-head and value models, DDP/FSDP/DeepSpeed, torch.compile.
-_INNER = ("pretrained_model", "model", "module", "_orig_mod")
 
 
 def best_device() -> str:
@@ -203,148 +185,6 @@ def load_decoder(
     return _load_trunk(locate(name_or_path, "a model"), options, headless=True).eval()
 
 
-def lora_config(
-    r: int, alpha: float, dropout: float = 0.0, target_modules: str | Sequence[str] | None = None
-) -> LoraConfig:
-    """LoRA (Hu et al. 2021, arXiv:2106.09685) on every linear layer but the output head, or on those named.
-
-    The update is `alpha / r · B A`, with `A` of shape [r, in] and `B` of shape [out, r].
-    """
-    modules = (
-        target_modules if target_modules is None or isinstance(target_modules, str) else [*target_modules]
-    )
-    return LoraConfig(
-        r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int; a fraction is as good
-        lora_dropout=dropout,
-        target_modules=modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
-
-
-def quantization_config(bits: Literal[4, 8]) -> BitsAndBytesConfig:
-    """Weights in 4 bits as in QLoRA (Dettmers et al. 2023, NF4 and double quantization), or in 8."""
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-
-
-def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> PeftModel:
-    """Put a fresh adapter on a model and freeze the rest; `peft_config` itself stays as it is.
-
-    Raises:
-        ModelError: the model carries adapters already, `peft_config` is not a PEFT configuration, or peft
-            can't put it on this model (a family whose layers it doesn't know by name, say).
-    """
-    if not isinstance(peft_config, PeftConfig):
-        raise ModelError(
-            f"peft_config is a {type(peft_config).__name__}; expected a peft.PeftConfig, e.g. a LoraConfig"
-        )
-    if isinstance(model, PeftModel):
-        raise ModelError(
-            "the model carries an adapter already: leave peft_config out, or pass the base model"
-        )
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model)
-    peft_config = copy.deepcopy(peft_config)  # peft writes the base model's name and its targets into it
-    if model.config.is_encoder_decoder and peft_config.task_type == TaskType.CAUSAL_LM:
-        peft_config.task_type = TaskType.SEQ_2_SEQ_LM
-    if isinstance(peft_config, LoraConfig) and any(isinstance(module, Conv1D) for module in model.modules()):
-        peft_config.fan_in_fan_out = True  # GPT-2 stores its weights transposed; peft would warn and set this
-    if isinstance(peft_config, LoraConfig) and peft_config.target_modules == "all-linear":
-        peft_config.exclude_modules = peft_config.exclude_modules or _beyond_lora(model) or None
-    try:
-        with current_peft():
-            return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(
-            f"peft can't put this adapter on {type(model).__name__}: {str(error).rstrip('.')}. For LoRA on "
-            "every linear layer, give target_modules='all-linear'; else name some of model.named_modules()"
-        ) from error
-
-
-def _beyond_lora(model: nn.Module) -> list[str]:
-    """Linear layers that an adapter can't stand in for.
-
-    State-space layers (Mamba and its hybrids) hand these two layers' weights to a kernel, past an adapter;
-    and some routers (Llama 4's) are linear layers whose forward gives more than a product.
-    """
-    spared = []
-    for name, module in model.named_modules():
-        if hasattr(module, "A_log") and hasattr(module, "D"):
-            spared += [f"{name}.{layer}" for layer in ("dt_proj", "out_proj") if hasattr(module, layer)]
-        elif isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
-            spared.append(name)
-    return spared
-
-
-def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what it wraps, from the outside in; the last is the `PreTrainedModel`."""
-    inner: nn.Module | None = model
-    while inner is not None:
-        yield inner
-        if isinstance(inner, PreTrainedModel):
-            return
-        if isinstance(inner, PeftModel):
-            inner = inner.get_base_model()
-        else:
-            found = (getattr(inner, name, None) for name in _INNER)
-            inner = next((module for module in found if isinstance(module, nn.Module)), None)
-
-
-def trunk_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside value-head, PEFT, DDP, FSDP and compile wrappers.
-
-    Injected adapter layers stay in it and stay active: its forward gives the same logits.
-    """
-    *_, innermost = unwrapped(model)
-    if not isinstance(innermost, PreTrainedModel):
-        raise ModelError(
-            f"there is no transformers model inside {type(model).__name__} (innermost: "
-            f"{type(innermost).__name__}); expected a PreTrainedModel or a value-head, PEFT or DDP wrapper"
-        )
-    return innermost
-
-
-def decoder_of(model: nn.Module) -> PreTrainedModel:
-    """The decoder inside `trunk_of(model)`, without a head: its forward gives the last hidden states."""
-    decoder = trunk_of(model).base_model
-    assert isinstance(decoder, PreTrainedModel)
-    return decoder
-
-
-def locate(name_or_path: str | os.PathLike[str], holding: str) -> str:
-    """A directory (`~` expanded) or something that can be a hub id; a path that leads nowhere ends here.
-
-    Raises:
-        ModelError: it is a file, or neither a directory nor a well-formed hub id.
-    """
-    name = os.path.expanduser(os.fspath(name_or_path))
-    if os.path.isdir(name):
-        return name
-    if os.path.exists(name):
-        raise ModelError(f"{name!r} is a file; expected the directory with {holding}, or a hub id")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise ModelError(
-            f"there is no directory {name!r}; expected one with {holding}, or a hub id such as 'org/name'. "
-            f"Check the path: a relative one starts at {os.getcwd()!r}"
-        ) from None
-    return name
-
-
-def find_file(name: str, file: str, **place: Any) -> str | None:
-    """The local path of one file of a directory or hub repository, fetched if need be; None if not there."""
-    return cached_file(
-        name,
-        file,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **place,
-    )
-
-
 def _load_trunk(
     name: str, options: Mapping[str, Any], headless: bool = False, seq2seq: bool = False
 ) -> PreTrainedModel:
@@ -388,29 +228,6 @@ def _without_head(config: PreTrainedConfig) -> Any:
     return AutoModelForSequenceClassification if scored else AutoModel
 
 
-def find_adapter(name: str, place: Mapping[str, Any]) -> PeftConfig | None:
-    """The configuration of the adapter that a directory or hub repository holds; None if it holds none."""
-    with explained("the adapter", name):
-        given = {key: value for key, value in place.items() if value is not None}
-        if find_adapter_config_file(name, **given) is None:
-            return None
-        return PeftConfig.from_pretrained(name, **given)
-
-
-def base_of(adapter: PeftConfig, name: str) -> str:
-    """Where the base model of the adapter in `name` is.
-
-    Raises:
-        ModelError: the adapter doesn't say, or nothing is there.
-    """
-    if not adapter.base_model_name_or_path:
-        raise ModelError(
-            f"the adapter in {name!r} doesn't say which model it belongs to: write the model's directory or "
-            "hub id into its adapter_config.json, under base_model_name_or_path"
-        )
-    return locate(adapter.base_model_name_or_path, f"the base model of the adapter in {name!r}")
-
-
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A dtype by its name, or as it is."""
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
@@ -420,52 +237,6 @@ def checked_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; expected a torch.dtype or one of {', '.join(DTYPES)}")
     return dtype
-
-
-@contextmanager
-def explained(what: str, name: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise into one message that says what to do."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
-            raise
-        option = unknown[1]
-        advice = (
-            "pass quantization_config=transformers.BitsAndBytesConfig(...) instead"
-            if option.startswith("load_in_")
-            else "check its spelling"
-        )
-        raise ModelError(f"{option!r} is not an option for loading {what} from {name!r}; {advice}") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        if os.path.isdir(name):
-            raise ModelError(f"{what} can't be loaded from the directory {name!r}: {error}") from error
-        if isinstance(error, OSError):
-            raise ModelError(
-                f"{name!r} is neither a directory (in {os.getcwd()!r}) nor found on the hub: {error}\n"
-                "If you mean a directory, check the path. If you mean a hub id, check its spelling, the "
-                "network, HF_HUB_OFFLINE, and for a private or gated model your token"
-            ) from None
-        raise ModelError(f"{what} can't be loaded from {name!r}: {error}") from error
-
-
-@contextmanager
-def current_peft() -> Iterator[None]:
-    """Silence what no user could act on.
-
-    Peft uses an attribute that transformers has renamed; and it misses modules for the ranks that it sets
-    for experts, which are parameters, and get their adapters.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        for pattern in ("rank", "alpha"):
-            warnings.filterwarnings(
-                "ignore", f"The following {pattern}_pattern keys.*gate_up_proj", RuntimeWarning
-            )
-        yield
 
 
 @contextmanager

@@ -26,19 +26,11 @@ from transformers import (
 )
 
 from etude.errors import ConfigError, ModelError
+from etude.models.adapters import base_of, current_peft, find_adapter
 from etude.models.export import Exported, check_output_dir, export, find_tokenizer, probe_logits
 from etude.models.head_files import average_heads
-from etude.models.loading import (
-    as_dtype,
-    base_of,
-    checked_dtype,
-    current_peft,
-    explained,
-    find_adapter,
-    load_language_model,
-    locate,
-    quiet_about,
-)
+from etude.models.loading import as_dtype, checked_dtype, load_language_model, quiet_about
+from etude.models.places import explained, locate
 
 Combination = Literal[
     "cat",

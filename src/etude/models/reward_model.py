@@ -19,19 +19,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, base_of, current_peft, find_adapter
 from etude.models.head_files import load_head
-from etude.models.loading import (
-    HUB_OPTIONS,
-    add_adapter,
-    base_of,
-    checked_dtype,
-    current_peft,
-    explained,
-    find_adapter,
-    load_causal_lm,
-    locate,
-    quiet_about,
-)
+from etude.models.loading import checked_dtype, load_causal_lm, quiet_about
+from etude.models.places import HUB_OPTIONS, explained, locate
 from etude.models.score_head import (
     AUTO_CLASSES,
     LABELS,

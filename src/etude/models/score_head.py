@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.loading import decoder_of, trunk_of
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.models.value_model import ValueModel
+from etude.models.wrappers import decoder_of, trunk_of
 
 Kind = Literal["sequence", "token"]
 

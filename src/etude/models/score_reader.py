@@ -25,10 +25,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from etude.errors import ModelError
-from etude.models.loading import decoder_of, trunk_of, unwrapped
 from etude.models.packing import probes, supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
 from etude.models.score_head import Kind, kind_of, score_layer
+from etude.models.wrappers import decoder_of, trunk_of, unwrapped
 
 Batch = Mapping[str, Any]
 

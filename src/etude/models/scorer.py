@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from etude.errors import ModelError
 from etude.models.head import CHUNK_BYTES, ChunkedHead, TokenScores, token_scores, weighted
 from etude.models.linear_head import Weigh
-from etude.models.loading import trunk_of, unwrapped
 from etude.models.neftune import noisy_embeddings
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
+from etude.models.wrappers import trunk_of, unwrapped
 
 Batch = Mapping[str, Any]
 

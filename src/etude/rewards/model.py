@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.formats import to_episode
+from etude.data.formats import to_episodes
 from etude.data.scored import answered_ids, scored_ids
 from etude.errors import RewardError
 from etude.rewards.reading import EpisodeReader, Reading
@@ -93,7 +93,7 @@ class ModelReward:
         """
         rows = [{"text": text} if isinstance(text, str) else text for text in texts]
         with self.reader.lock:
-            episodes = [to_episode(row, self.reader.tokenizer, append_eos=False) for row in rows]
+            episodes = [to_episodes(row, self.reader.tokenizer, append_eos=False)[-1] for row in rows]
             scores = self._scores(episodes)
         if None in scores:
             raise RewardError(f"text {scores.index(None)} has no token to score; leave it out")

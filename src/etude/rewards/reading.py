@@ -22,7 +22,9 @@ from etude.data.families import into_passes
 from etude.data.formats import to_episode
 from etude.data.scored import length_limit, pack_scored
 from etude.errors import ConfigError, ModelError, RewardError
-from etude.models.loading import base_of, find_adapter, load_tokenizer, locate
+from etude.models.adapters import base_of, find_adapter
+from etude.models.loading import load_tokenizer
+from etude.models.places import locate
 from etude.models.reward_model import load_reward_model
 from etude.models.score_head import Kind, check_labels
 from etude.models.score_reader import ScoreReader

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, ConfigError, SamplerError
-from etude.models.loading import trunk_of
 from etude.models.packing import rotary_switch
 from etude.models.prepacked import PrepackedLinears
+from etude.models.wrappers import trunk_of
 from etude.sampling.backends import choose_backend, free_memory
 from etude.sampling.draw import draw, draw_each
 from etude.sampling.feeds import Feed

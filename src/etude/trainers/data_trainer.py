@@ -15,9 +15,8 @@ Not covered: data that streams, several devices in one process without a launche
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +25,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -43,16 +41,17 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from etude.data.files import Rows
-from etude.errors import ConfigError, DataError, ModelError
-from etude.models.loading import add_adapter, load_chat_template, load_language_model, trunk_of
+from etude.errors import ConfigError
+from etude.models.adapters import add_adapter
+from etude.models.loading import load_chat_template, load_language_model
+from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.trainers.data_config import DataConfig
+from etude.trainers.means import Means, Sums
 from etude.trainers.run_recorder import RunRecorder
-
-logger = logging.getLogger(__name__)
+from etude.trainers.setup import check_fits, disable_dropout
 
 Model = PreTrainedModel | PeftModel
-Sums = Mapping[str, tuple[Tensor | float, Tensor | float]]  # name → sum, and how many it is a sum of
 
 _ON_THE_CARD = (
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -140,7 +139,7 @@ class DataTrainer(Trainer):
         self.add_callback(self.recorder)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._means = {"train": Means(), "eval": Means()}
 
     # ---- what a trainer is ----
 
@@ -207,9 +206,9 @@ class DataTrainer(Trainer):
         items = _items(inputs)
         total, sums = self.losses(model, inputs)
         if model.training:
-            self._record("train", sums)
+            self._means["train"].add(sums)
         else:
-            self._record("eval", {"loss": (total.detach(), items), **sums})
+            self._means["eval"].add({"loss": (total.detach(), items), **sums})
         if num_items_in_batch is None:
             loss = total / max(items, 1)
         else:  # gradients are averaged over processes
@@ -225,16 +224,27 @@ class DataTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """The loss of a batch, and predictions and labels where `compute_metrics` needs them."""
-        rows = inputs["rows"].rows
-        own = self._own(len(rows))
-        if own:
-            loss = self.compute_loss(model, self._prepare_inputs(self.collate(rows[:own])))
-        else:  # a forward all the same: other processes may wait for it
-            batch = self._prepare_inputs(self.collate(rows[:1]))
-            loss = self.losses(model, batch)[0] * 0
+        batch, counts = self.own_batch(inputs)
+        if counts:
+            loss = self.compute_loss(model, batch)
+        else:
+            total, sums = self.losses(model, batch)
+            self._means["eval"].add({"loss": (0, 0), **dict.fromkeys(sums, (0, 0))})
+            loss = 0 * total
         if prediction_loss_only:
             return loss, None, None
-        return (loss, *self.predictions(model, self._prepare_inputs(self.collate(rows))))
+        whole: Any = self._prepare_inputs(self.collate(inputs["rows"].rows))
+        return (loss, *self.predictions(model, whole))
+
+    def own_batch(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """A batch of those rows of an evaluation's that count here, and whether any does.
+
+        Where none does it is of one row all the same: other processes may wait for a forward.
+        """
+        rows = inputs["rows"].rows
+        own = self._own(len(rows))
+        batch: Any = self._prepare_inputs(self.collate(rows[: own or 1]))
+        return batch, own > 0
 
     def _own(self, count: int) -> int:
         """How many of a batch's rows count here: the last one is filled up, so that it can be divided."""
@@ -266,11 +276,12 @@ class DataTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """As transformers', with a loss and metrics that are means over all items of the dataset."""
-        self._sums["eval"].clear()
+        self._means["eval"] = Means()
         prefix = options.get("metric_key_prefix", "eval")
         output = super().evaluation_loop(*args, **options)
         if output.metrics is not None:
-            output.metrics.update({f"{prefix}_{k}": v for k, v in self._means("eval").items()})
+            means = self.summary(self._means["eval"].take(self.accelerator))
+            output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         self._unprepare()
         return output
 
@@ -290,30 +301,8 @@ class DataTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and with a training loss the means of the metrics since the last one."""
         if "loss" in logs:
-            logs = {**logs, **self._means("train")}
+            logs = {**logs, **self.summary(self._means["train"].take(self.accelerator))}
         super().log(logs, start_time)
-
-    def _record(self, mode: str, sums: Sums) -> None:
-        totals = self._sums[mode]
-        for name, pair in sums.items():
-            found = torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in pair])
-            totals[name] = totals[name] + found if name in totals else found
-
-    def _means(self, mode: str) -> dict[str, float]:
-        """Of what was recorded since the last time, on all processes."""
-        totals = self._sums[mode]
-        if not totals:
-            return {}
-        device = self.accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        sums_N2 = self.accelerator.reduce(torch.stack(list(totals.values())).to(device, dtype), "sum")
-        means = {
-            name: (total / count).item()
-            for name, (total, count) in zip(totals, sums_N2, strict=True)
-            if count
-        }
-        totals.clear()
-        return self.summary(means)
 
     # ---- what is left behind ----
 
@@ -376,69 +365,14 @@ class DataTrainer(Trainer):
             raise ConfigError("model_init_kwargs are for a model given by name; this one is already loaded")
         else:
             model = self.adopt(model)
-        _check_fits(model, self.tokenizer)
+        check_fits(model, self.tokenizer)
         if args.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         if peft_config is None:
             return model
         if hasattr(model, "peft_config"):
             raise ConfigError("the model already has an adapter; leave peft_config out to go on training it")
         return self.add_adapter_to(model, peft_config)
-
-
-def map_rows(
-    dataset: Dataset,
-    convert: Callable[..., dict[str, Any] | list[dict[str, Any]]],
-    config: DataConfig,
-    what: str = "have nothing to learn",
-    **options: Any,
-) -> Dataset:
-    """A dataset of what `convert(row, **options)` makes of each row: another row, or several.
-
-    Its entries "cut" (the row lost tokens to max_length) and "learned" (something is left to learn) are
-    counted in warnings; rows without anything are left out.
-
-    Raises:
-        DataError: a row is wrong (named by its number), or none is left.
-    """
-    with config.main_process_first(desc="tokenising"):  # the others read what it cached
-        converted = dataset.map(
-            _numbered,
-            with_indices=True,
-            batched=True,
-            batch_size=100,
-            fn_kwargs={"convert": convert, **options},
-            remove_columns=dataset.column_names,
-            num_proc=config.dataset_num_proc,
-            desc="Tokenizing",
-        )
-    total, cut = len(converted), sum(converted["cut"])
-    if cut:
-        logger.warning(
-            "%d of %d rows are longer than max_length=%s and are cut", cut, total, config.max_length
-        )
-    useful = [index for index, learned in enumerate(converted["learned"]) if learned]
-    if not useful:
-        raise DataError(
-            f"none of the {total} rows is left: all {what} (max_length={config.max_length} cuts {cut})"
-        )
-    if len(useful) < total:
-        logger.warning("%d of %d rows %s and are left out", total - len(useful), total, what)
-        converted = converted.select(useful)
-    return converted.remove_columns(["cut", "learned"])
-
-
-def _numbered(
-    batch: Mapping[str, list[Any]], indices: Sequence[int], convert: Callable[..., Any], **options: Any
-) -> dict[str, list[Any]]:
-    rows: list[dict[str, Any]] = []
-    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        try:
-            converted = convert(dict(zip(batch, values, strict=True)), **options)
-        except DataError as error:
-            raise type(error)(f"row {index}: {error}") from error
-        rows += converted if isinstance(converted, list) else [converted]
-    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _items(batch: Mapping[str, Any]) -> int:
@@ -458,28 +392,3 @@ def _keep_rows(rows: list[Any]) -> dict[str, Any]:
 
 def _as_list(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """In modules made for it, and where a layer keeps a rate as a number of its own."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def _check_fits(model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
-    config: Any = model.config
-    if getattr(config, "output_router_logits", False):
-        raise ModelError(
-            "the load-balancing loss of mixture-of-experts models is not computed here; set "
-            "model.config.output_router_logits = False to train without it"
-        )
-    known: Any = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {known}; call "
-            "model.resize_token_embeddings(len(tokenizer)) after adding tokens"
-        )

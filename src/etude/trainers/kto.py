@@ -29,11 +29,12 @@ from etude.data.truncation import truncate
 from etude.errors import DataError
 from etude.math.likelihood import sequence_sums
 from etude.math.unpaired import kto_baseline, kto_loss
-from etude.trainers.data_trainer import Sums, map_rows
 from etude.trainers.kto_config import KTOConfig
+from etude.trainers.means import Sums
 from etude.trainers.preference import answer_of
 from etude.trainers.reference import evaluation_mode
 from etude.trainers.reference_trainer import ReferenceTrainer
+from etude.trainers.tokenizing import map_rows
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class KTOTrainer(ReferenceTrainer):
         args, desirable = self.args, batch["desirable"]
         baseline = batch.get("baseline", self.baseline)
         if self.measures_kl and baseline is None:
-            baseline = self._baseline(model, [batch])
+            baseline = self._baseline(model, [(batch, True)])
         reference = self._reference_logprobs(model, batch)
         scores = self.scorer(model, batch)
         logprobs = sequence_sums(scores.logprobs, list(batch["counts"]))
@@ -112,15 +113,16 @@ class KTOTrainer(ReferenceTrainer):
         return sequence_sums(self.reference.logprobs(model, batch), list(batch["counts"]))
 
     @torch.no_grad()
-    def _baseline(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Tensor:
-        """The reference point, of these batches on all processes."""
+    def _baseline(self, model: nn.Module, batches: Iterable[tuple[Mapping[str, Any], bool]]) -> Tensor:
+        """The reference point, of those batches on all processes that count."""
         total, count = torch.zeros((), device=self.args.device), 0
         with self.accelerator.autocast(), evaluation_mode(model):
-            for batch in batches:
+            for batch, counts in batches:
                 pairs: Any = self._prepare_inputs(batch["mismatched"])
                 logprobs = sequence_sums(self.scorer(model, pairs).logprobs, list(pairs["counts"]))
-                total = total + (logprobs - self._reference_logprobs(model, pairs)).sum()
-                count += len(logprobs)
+                log_ratio = logprobs - self._reference_logprobs(model, pairs)
+                total = total + log_ratio.sum() * counts
+                count += len(logprobs) * counts
         sums = torch.stack([total, torch.full_like(total, count)])
         total, everywhere = self.accelerator.reduce(sums, "sum")
         return kto_baseline(total / everywhere.clamp_min(1))
@@ -131,24 +133,23 @@ class KTOTrainer(ReferenceTrainer):
         """As the base's; each batch of the step has the reference point of all of them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.measures_kl:
-            baseline = self._baseline(self.model_wrapped, batches)
+            baseline = self._baseline(self.model_wrapped, ((batch, True) for batch in batches))
             batches = [{**batch, "baseline": baseline} for batch in batches]
         return batches, items
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **options: Any) -> EvalLoopOutput:
         """As the base's, with the reference point of the whole dataset."""
         if self.measures_kl:
-            self.baseline = self._baseline(self.model_wrapped, dataloader)
+            self.baseline = self._baseline(self.model_wrapped, map(self.own_batch, dataloader))
         try:
             return super().evaluation_loop(dataloader, *args, **options)
         finally:
             self.baseline = None
 
-    def _means(self, mode: str) -> dict[str, float]:
-        means = super()._means(mode)
-        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
-            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        return means
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        if not {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            return means
+        return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
     def score_rows(self, rows: list[dict[str, Any]]) -> dict[str, list[float]]:
         policy: Any = self.model

@@ -29,9 +29,9 @@ from etude.math.losses import aggregate
 from etude.math.masked import masked_mean
 from etude.math.off_policy import importance_weights
 from etude.models.forward import PolicyForward
-from etude.models.loading import trunk_of, unwrapped
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_model import ValueModel
+from etude.models.wrappers import trunk_of, unwrapped
 from etude.runtime.model_card import write_model_card
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler

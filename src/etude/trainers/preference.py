@@ -27,8 +27,10 @@ from etude.data.source_target import to_source_targets
 from etude.data.truncation import truncate_pair
 from etude.math.likelihood import sequence_sums
 from etude.models.scorer import TokenScorer
-from etude.trainers.data_trainer import DataTrainer, Model, Sums, map_rows
+from etude.trainers.data_trainer import DataTrainer, Model
+from etude.trainers.means import Sums
 from etude.trainers.preference_config import PreferenceConfig
+from etude.trainers.tokenizing import map_rows
 from etude.types import Episode
 
 

@@ -22,9 +22,10 @@ from etude.data.formats import detect_format
 from etude.data.scored import pack_scored, scored_ids
 from etude.data.steps import to_steps
 from etude.math.reward_model import step_log_odds, step_loss
-from etude.trainers.data_trainer import Sums, map_rows
+from etude.trainers.means import Sums
 from etude.trainers.reward import ScoreTrainer, calibration_sums
 from etude.trainers.reward_config import PRMConfig
+from etude.trainers.tokenizing import map_rows
 
 
 class PRMTrainer(ScoreTrainer):

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from etude.errors import CheckpointError, ConfigError, ModelError
-from etude.models.loading import unwrapped
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.scorer import TokenScorer
+from etude.models.wrappers import unwrapped
 from etude.trainers.preference_config import ReferenceConfig
 
 Batch = Mapping[str, Any]

@@ -24,12 +24,14 @@ from etude.data.preferences import to_preference
 from etude.data.scored import answered_ids, length_limit, pack_scored, scored_ids
 from etude.math.calibration import brier, reliability_bins
 from etude.math.reward_model import centring_penalty, pair_loss, pair_probabilities
-from etude.models.loading import trunk_of
 from etude.models.reward_model import add_scoring_adapter, load_reward_model
 from etude.models.score_head import Kind, with_score_head
 from etude.models.score_reader import ScoreReader
-from etude.trainers.data_trainer import DataTrainer, Model, Sums, map_rows
+from etude.models.wrappers import trunk_of
+from etude.trainers.data_trainer import DataTrainer, Model
+from etude.trainers.means import Sums
 from etude.trainers.reward_config import RewardConfig
+from etude.trainers.tokenizing import map_rows
 
 _BINS = 10
 _GAP = "calibration_gap_"  # of a bin; their absolute values sum up to the calibration error
@@ -156,7 +158,7 @@ def _tokenize_pair(
     append_eos: bool,
     max_length: int | None,
 ) -> dict[str, Any]:
-    preference = to_preference(row, tokenizer, append_eos=False)
+    preference = to_preference(row, tokenizer, append_eos=False, scored=True)
     chosen, rejected = (
         scored_ids(answered_ids(episode), tokenizer, append_eos=append_eos, max_length=max_length)
         for episode in (preference.chosen, preference.rejected)

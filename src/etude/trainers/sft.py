@@ -27,8 +27,10 @@ from etude.data.packing import best_fit
 from etude.data.source_target import to_source_target
 from etude.errors import ConfigError
 from etude.models.scorer import TokenScorer
-from etude.trainers.data_trainer import DataTrainer, Model, Sums, map_rows
+from etude.trainers.data_trainer import DataTrainer, Model
+from etude.trainers.means import Sums
 from etude.trainers.sft_config import SFTConfig
+from etude.trainers.tokenizing import map_rows
 
 
 class SFTTrainer(DataTrainer):
