@@ -215,7 +215,7 @@ def happenings(draw_):
 @pytest.fixture(autouse=True, scope="module")
 def _slots_start_short():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("etude.sampling.slots.FIRST_LENGTH", 8)  # so that they grow in so short episodes
+        patch.setattr("etude.sampling.memory.CacheLimits.__init__.__defaults__", (0, 8))  # so that they grow in so short episodes
         yield
 
 

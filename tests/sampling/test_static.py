@@ -34,7 +34,8 @@ from transformers import (
 from etude.errors import CacheBudgetError, ConfigError
 from etude.models.attention import install
 from etude.runtime.loop import run_sync
-from etude.sampling.backends import PackedBackend, choose_backend
+from etude.sampling.backends import choose_backend
+from etude.sampling.packed import PackedBackend
 from etude.sampling.feeds import Feed
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler

@@ -15,9 +15,13 @@ whatever mixes tokens outside attention (convolutions, recurrent states). `model
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,7 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from etude.errors import ModelError
-from etude.models.plans import PLAN, Branches, Decoding, PackedPlan, SharedPrefix, StaticPlan
+from etude.models.plans import PLAN, Branches, Decoding, PackedPlan, SharedPrefix, StaticPlan, TokenPlan
 
 QKV = tuple[Tensor, ...]  # queries, keys, values
 
@@ -60,7 +64,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: PackedPlan | StaticPlan,
+    plan: PackedPlan | TokenPlan | StaticPlan,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -80,7 +84,8 @@ def packed_attention(
     for name, tensor in others.items():
         if isinstance(tensor, Tensor) and name not in _KNOWN_TENSORS:
             raise ModelError(f"packed attention doesn't serve {name!r} ({type(module).__name__})")
-    query, key, value = query[0], key[0], value[0]
+    # Rotations leave autocast's precision, which the products below would return to: the cache is smaller so.
+    query, key, value = (_computing(tensor[0]) for tensor in (query, key, value))
     scores = Scores(scaling, softcap, s_aux)
     layer: int | None = getattr(module, "layer_idx", None)
     if layer is not None:
@@ -91,13 +96,31 @@ def packed_attention(
     elif layer is None:
         raise ModelError(f"{type(module).__name__} has no layer_idx, by which the cache keeps its keys")
     else:
-        plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
-        keys, values = plan.cache.layers[layer]
+        keys, values = plan.cache.layer(layer, key, value)
+        if (kernels := token_kernels(query.device, query.dtype)) is not None:
+            kernels.write(key, value, keys, values, plan.slots_T, plan.positions_T)
+        elif isinstance(plan, TokenPlan):
+            part = (plan.slots_T >= 0).nonzero()[:, 0]
+            plan.cache.write(layer, key[:, part], value[:, part], plan.slots_T[part], plan.positions_T[part])
+        else:
+            plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
         if isinstance(plan, StaticPlan):
             output = _attend_block(query, keys, values, plan.decoding, scores, sliding_window)
+        elif isinstance(plan, TokenPlan):
+            output = _attend_tokens(
+                query, keys, values, plan.slots_T, plan.positions_T, scores, sliding_window
+            )
         else:
             output = _attend_to_cache(query, keys, values, plan, scores, sliding_window)
     return output.transpose(0, 1).contiguous().unsqueeze(0)  # some families take a view of it
+
+
+def _computing(tensor: Tensor) -> Tensor:
+    """In autocast's precision, where it is in force."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _attend_to_self(
@@ -119,6 +142,9 @@ def _attend_to_self(
 def _attend_roots(qkv: QKV, plan: PackedPlan, scores: Scores, window: int | None) -> Tensor:
     """What goes on from nothing. [H, n, d] in and out for all of it."""
     cells = plan.rectangle
+    uneven = cells is None or not cells.full or (window and window < cells.width)
+    if scores.plain and uneven and len(plan.roots) > 1 and _has_varlen(qkv):
+        return _attend_varlen(qkv, plan, scores.scaling, window)
     if cells is None or not scores.plain or (window and window < cells.width):
         parts = zip(*(tensor.split(plan.roots, dim=1) for tensor in qkv), strict=True)
         return torch.cat([_attend(q, k, v, scores, window) for q, k, v in parts], dim=1)
@@ -126,6 +152,38 @@ def _attend_roots(qkv: QKV, plan: PackedPlan, scores: Scores, window: int | None
     gqa = q.shape[1] != k.shape[1]
     out = scaled_dot_product_attention(q, k, v, scale=scores.scaling, is_causal=True, enable_gqa=gqa)
     return cells.flat_of(out)
+
+
+def _has_varlen(qkv: QKV) -> bool:
+    """Whether torch's kernels for sequences of different lengths serve these."""
+    q, k, v = qkv
+    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    same = q.shape[-1] == v.shape[-1] and q.shape[-1] <= 256
+    return q.device.type == "cuda" and half and same and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _attend_varlen(qkv: QKV, plan: PackedPlan, scaling: float | None, window: int | None) -> Tensor:
+    """Each root by itself, in one call without padding. [H, n, d] in and out."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = qkv
+    longest, options = max(plan.roots), {}
+    if "enable_gqa" in _parameters(varlen_attn):
+        options["enable_gqa"] = len(q) != len(k)
+    else:
+        k, v = (tensor.repeat_interleave(len(q) // len(tensor), dim=0) for tensor in (k, v))
+    q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
+    looks_back = (window - 1, 0) if window else (-1, 0)
+    starts = plan.root_starts
+    out = varlen_attn(
+        q, k, v, starts, starts, longest, longest, scale=scaling, window_size=looks_back, **options
+    )
+    return out.transpose(0, 1)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _attend_branches(prefix: QKV, own: QKV, branches: Branches, scores: Scores, window: int | None) -> Tensor:
@@ -160,6 +218,8 @@ def _attend_to_cache(
     q: Tensor, keys: Tensor, values: Tensor, plan: PackedPlan, scores: Scores, window: int | None
 ) -> Tensor:
     """Sampling: each sequence attends to its slot of `keys`/`values` [slots, H_kv, length, d]."""
+    if token_kernels(q.device, q.dtype) is not None:
+        return _attend_by_tokens(q, keys, values, plan, scores, window)
     shared = plan.shared if scores.plain and not window else []
     together = plan.unshared if shared else plan.decoding
     if together is not None:
@@ -174,18 +234,81 @@ def _attend_to_cache(
     for group in shared:
         out[:, group.tokens] = _attend_after_prefix(q[:, group.tokens], keys, values, group, scores.scaling)
         done |= group.members
-    for i, (start, length, past, slot) in enumerate(
-        zip(plan.starts, plan.lengths, plan.past, plan.slots, strict=True)
-    ):
-        if i in done:
-            continue
-        first = max(0, past + 1 - window) if window else 0
-        seen = slice(first, past + length)
-        part = q[:, start : start + length]
-        out[:, start : start + length] = _attend(
-            part, keys[slot, :, seen], values[slot, :, seen], scores, window
-        )
+    for i in range(len(plan.lengths)):
+        if i not in done:
+            _attend_one(out, q, keys, values, plan, i, scores, window)
     return out
+
+
+def _attend_by_tokens(
+    q: Tensor, keys: Tensor, values: Tensor, plan: PackedPlan, scores: Scores, window: int | None
+) -> Tensor:
+    """The same by a kernel for tokens; long prompts, whose tokens would each read all before them, by others."""
+    if not plan.long_prompts:
+        return _attend_tokens(q, keys, values, plan.slots_T, plan.positions_T, scores, window)
+    out = q.new_empty(*q.shape[:2], values.shape[-1])
+    short_T = plan.short_T
+    if len(short_T):
+        slots_T, positions_T = plan.slots_T[short_T], plan.positions_T[short_T]
+        out[:, short_T] = _attend_tokens(q[:, short_T], keys, values, slots_T, positions_T, scores, window)
+    for i in plan.long_prompts:
+        _attend_one(out, q, keys, values, plan, i, scores, window)
+    return out
+
+
+def _attend_one(
+    out: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: PackedPlan,
+    i: int,
+    scores: Scores,
+    window: int | None,
+) -> None:
+    """The i-th sequence of a step over its slot, into its place in `out`."""
+    start, length, past, slot = plan.starts[i], plan.lengths[i], plan.past[i], plan.slots[i]
+    seen = slice(max(0, past + 1 - window) if window else 0, past + length)
+    own = slice(start, start + length)
+    out[:, own] = _attend(q[:, own], keys[slot, :, seen], values[slot, :, seen], scores, window)
+
+
+def _attend_tokens(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots_T: Tensor,
+    positions_T: Tensor,
+    scores: Scores,
+    window: int | None,
+) -> Tensor:
+    """Each token over its own slot up to its own position. [H, T, d] in and out."""
+    if (kernels := token_kernels(q.device, q.dtype)) is not None:
+        options = {"scaling": scores.scaling, "softcap": scores.softcap, "sinks_H": scores.sinks_H}
+        out: Tensor = kernels.attend(q, keys, values, slots_T, positions_T, **options, window=window)
+        return out
+    slots_T, width = slots_T.clamp(min=0), int(positions_T.max()) + 1
+    age_TN = positions_T[:, None] - torch.arange(width, device=q.device)
+    visible_TN = age_TN >= 0 if not window else (age_TN >= 0) & (age_TN < window)
+    k, v = keys[slots_T, :, :width], values[slots_T, :, :width]
+    grouped = q.transpose(0, 1).unflatten(
+        1, (keys.shape[1], -1)
+    )  # heads that share keys are stacked as queries
+    return _grouped(grouped, k, v, visible_TN[:, None, None], scores).flatten(1, 2).transpose(0, 1)
+
+
+def token_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The kernels for tokens by themselves, where they run."""
+    if device.type != "cuda" or dtype == torch.float64 or not _has_triton():
+        return None
+    from etude.models import token_attention
+
+    return token_attention
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _attend_after_prefix(

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from etude.models.slot_cache import SlotCache
 
 PLAN = "packed_plan"  # the keyword under which a plan travels through the model
+LONG_PROMPT = 512  # tokens; up to here it costs little on a GPU that each reads all before it
 
 
 @dataclass
@@ -76,6 +77,26 @@ class PackedPlan:
     def rectangle(self) -> Rectangle | None:
         """The roots as rows of equal length, unless most of that would be padding."""
         return Rectangle.of(self.roots, self.device)
+
+    @cached_property
+    def root_starts(self) -> Tensor:
+        """Where the roots start and the last one ends, [roots + 1] int32."""
+        return torch.tensor([0, *accumulate(self.roots)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def long_prompts(self) -> list[int]:
+        """Sequences that add more than `LONG_PROMPT` tokens."""
+        return [i for i, n in enumerate(self.lengths) if n > LONG_PROMPT]
+
+    @cached_property
+    def short_T(self) -> Tensor:
+        """The places in the flat step of the tokens of all others."""
+        short = [
+            range(start, start + n)
+            for start, n in zip(self.starts, self.lengths, strict=True)
+            if n <= LONG_PROMPT
+        ]
+        return torch.tensor(list(chain.from_iterable(short)), dtype=torch.long, device=self.device)
 
     @cached_property
     def branches(self) -> list[Branches]:
@@ -151,6 +172,7 @@ class Rectangle:
     width: int
     tokens: Tensor  # [rows * width], the token in each cell; any token in a padded one
     cells_T: Tensor  # the cell of each token
+    full: bool  # nothing is padded: rows and tokens are views of each other
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Rectangle | None:
@@ -162,15 +184,17 @@ class Rectangle:
         cells_T = present.flatten().nonzero()[:, 0]
         tokens = torch.zeros(rows * width, dtype=torch.long)
         tokens[cells_T] = torch.arange(len(cells_T))
-        return cls(rows, width, tokens.to(device), cells_T.to(device))
+        return cls(rows, width, tokens.to(device), cells_T.to(device), rows * width == len(cells_T))
 
     def rows_of(self, flat: Tensor) -> Tensor:
         """[H, T, d] as [rows, H, width, d]."""
-        return flat[:, self.tokens].unflatten(1, (self.rows, self.width)).transpose(0, 1)
+        cells = flat if self.full else flat[:, self.tokens]
+        return cells.unflatten(1, (self.rows, self.width)).transpose(0, 1)
 
     def flat_of(self, rows: Tensor) -> Tensor:
         """[rows, H, width, d] as [H, T, d]."""
-        return rows.transpose(0, 1).flatten(1, 2)[:, self.cells_T]
+        cells = rows.transpose(0, 1).flatten(1, 2)
+        return cells if self.full else cells[:, self.cells_T]
 
 
 @dataclass
@@ -219,6 +243,35 @@ class SharedPrefix:
 
 
 @dataclass
+class TokenPlan:
+    """Tokens of any sequences, each by itself: where it lies in the cache is all that a step is told.
+
+    A token sees its slot up to its own position; those that share a slot are written before any of them looks.
+    All that differs between two steps of as many tokens is in the tensors, so that a step can be captured.
+
+    Attributes:
+        cache: with the tokens' slots.
+        positions_T: of each token.
+        slots_T: where each is written and looks; -1 for one that takes no part.
+        windows: the sliding window that each layer asked for, written as the step runs.
+    """
+
+    cache: SlotCache
+    positions_T: Tensor
+    slots_T: Tensor
+    windows: dict[int, int | None] = field(init=False, default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions_T.device
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, T]"""
+        return self.positions_T.unsqueeze(0)
+
+
+@dataclass
 class StaticPlan:
     """One token for each row of a fixed block, row i in slot i, in shapes that never change.
 
@@ -256,7 +309,9 @@ class StaticPlan:
         return Decoding(set(range(count)), 0, count, self.width, rows, rows, self.positions_T + 1, dense=True)
 
 
-def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan | StaticPlan) -> dict[str, Any]:
+def packed_inputs(
+    input_ids: Sequence[int] | Tensor, plan: PackedPlan | TokenPlan | StaticPlan
+) -> dict[str, Any]:
     """Keywords of a model's forward for a flat step of T tokens.
 
     The 1×1 mask is never read: a four-dimensional mask passes through `transformers` untouched, which
