@@ -400,7 +400,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Score
 def install(model: PreTrainedModel) -> None:
     """Make `model` compute a call that carries a plan by `packed_attention`, and any other call as before."""
     current = model.config._attn_implementation or "eager"
-    if current.startswith(_PREFIX):
+    if is_packed(current):
         return
     name = _PREFIX + current
     if name not in ALL_ATTENTION_FUNCTIONS:
@@ -408,6 +408,11 @@ def install(model: PreTrainedModel) -> None:
         if current in ALL_MASK_ATTENTION_FUNCTIONS:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[current])
     model.set_attn_implementation(name)
+
+
+def is_packed(implementation: str | None) -> bool:
+    """Whether an attention implementation is one of those that `install` registers."""
+    return (implementation or "").startswith(_PREFIX)
 
 
 def _dispatch(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

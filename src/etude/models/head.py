@@ -27,7 +27,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from etude.math.logprobs import entropy, scaled_logits, token_logprobs
 from etude.models.packing import FOREIGN_ERRORS, probes, same_logits
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits; a pass whose logits fit keeps them and computes nothing twice
+# Of float32 logits; a pass whose logits fit keeps them and computes nothing twice.
+CHUNK_BYTES = 64 * 2**20
+# On a GPU a chunk of so few rows would cost more than its product: the weight's gradient is read and written
+# for each. There it is this part of the device's memory.
+CHUNK_SHARE = 64
 
 # By these settings some families multiply their logits (1), or divide them (−1).
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -67,16 +71,17 @@ class ChunkedHead:
     Args:
         model: the transformers model, inside its wrappers.
         finish: what its forward does with the layer's output.
-        chunk_bytes: what a chunk's logits may take in float32.
+        chunk_bytes: what a chunk's logits may take in float32; by default 64 MiB, more on a GPU.
     """
 
-    def __init__(self, model: PreTrainedModel, finish: Finish, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, model: PreTrainedModel, finish: Finish, chunk_bytes: int | None = None) -> None:
         self.model = model
         self.finish = finish
         self.chunk_bytes = chunk_bytes
+        self.passes = ChunkPasses()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> ChunkedHead | None:
+    def of(cls, model: PreTrainedModel, chunk_bytes: int | None = None) -> ChunkedHead | None:
         """None for a model whose logits can't be told from what enters its output layer."""
         for finish in (Finish.announced(model.config), Finish()):
             head = cls(model, finish, chunk_bytes)
@@ -118,13 +123,13 @@ class ChunkedHead:
         layer = self.layer
         assert layer is not None
         vocabulary = self.model.config.get_text_config().vocab_size
-        rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes)
+        rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes or default_chunk(states_MD.device))
         if rows >= len(states_MD):
             return self._at_once(layer, states_MD, targets_M, temperature, entropy_gradient)
         if _is_plain(layer):
             parameters = layer.weight, layer.bias
             scores: tuple[Tensor, Tensor] = _LinearHead.apply(
-                states_MD, *parameters, targets_M, self.finish, temperature, entropy_gradient, rows
+                states_MD, *parameters, targets_M, self.finish, temperature, entropy_gradient, rows, self.passes
             )
             return scores
         score = partial(self._at_once, temperature=temperature, entropy_gradient=entropy_gradient)
@@ -189,6 +194,13 @@ class ChunkedHead:
             handle.remove()
 
 
+def default_chunk(device: torch.device) -> int:
+    """Bytes of a chunk's logits in float32, by the device."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // CHUNK_SHARE)
+
+
 def chunk_rows(count: int, vocabulary: int, chunk_bytes: int) -> int:
     """States per chunk: as few chunks as fit `chunk_bytes` of float32 logits each, of nearly equal size."""
     most = max(1, chunk_bytes // (4 * vocabulary))
@@ -230,7 +242,9 @@ class _LinearHead(torch.autograd.Function):
         temperature: float,
         entropy_gradient: bool,
         rows: int,
+        passes: ChunkPasses | None = None,
     ) -> tuple[Tensor, Tensor]:
+        passes = passes or ChunkPasses()
         dtype = _computing_dtype(weight_VD)
         precise = torch.promote_types(dtype, torch.float32)
         totals_M, logprobs_M, entropies_M = (
@@ -239,12 +253,12 @@ class _LinearHead(torch.autograd.Function):
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
-                logits_CV = finish(linear(states_MD[here].to(dtype), weight, bias))
-                scores = _scores(scaled_logits(logits_CV, temperature), targets_M[here, None])
+                raw_CV = linear(states_MD[here].to(dtype), weight, bias)
+                scores = passes.scores(raw_CV, targets_M[here, None], finish, temperature)
                 logprobs_M[here], entropies_M[here], totals_M[here] = scores
         kept_M = entropies_M if entropy_gradient else None
         ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M, kept_M)
-        ctx.settings = finish, temperature, rows, dtype
+        ctx.settings = finish, temperature, rows, dtype, passes
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropies_M)
         return logprobs_M, entropies_M
@@ -253,7 +267,7 @@ class _LinearHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         states_MD, weight_VD, bias_V, targets_M, totals_M, entropies_M = ctx.saved_tensors
-        finish, temperature, rows, dtype = ctx.settings
+        finish, temperature, rows, dtype, passes = ctx.settings
         inputs = states_MD, weight_VD, bias_V
         d_states, d_weight, d_bias = (
             torch.zeros_like(tensor) if needed else None
@@ -263,7 +277,7 @@ class _LinearHead(torch.autograd.Function):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
                 states_CD = states_MD[here].to(dtype)
-                d_raw = _logits_gradient(
+                d_raw = passes.gradient(
                     linear(states_CD, weight, bias),
                     targets_M[here, None],
                     totals_M[here, None],
@@ -271,7 +285,7 @@ class _LinearHead(torch.autograd.Function):
                     None if entropies_M is None else (entropies_M[here, None], gradients[1][here, None]),
                     finish,
                     temperature,
-                ).to(dtype)
+                )
                 if d_states is not None:
                     d_states[here] = (d_raw @ weight).to(d_states.dtype)
                 if d_weight is not None and d_weight.dtype == dtype:
@@ -280,11 +294,14 @@ class _LinearHead(torch.autograd.Function):
                     d_weight += d_raw.t() @ states_CD
                 if d_bias is not None:
                     d_bias += d_raw.sum(0)
-        return d_states, d_weight, d_bias, None, None, None, None, None
+        return d_states, d_weight, d_bias, None, None, None, None, None, None
 
 
-def _scores(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the targets, entropies, logsumexps; [C] each. Overwrites the logits."""
+def _scores(
+    raw_CV: Tensor, targets_C1: Tensor, finish: Finish, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the targets, entropies, logsumexps; [C] each. Overwrites `raw_CV`, where it can."""
+    logits_CV = scaled_logits(finish(raw_CV), temperature)
     highest_C = logits_CV.amax(-1)
     logits_CV.sub_(highest_C[:, None])
     chosen_C = logits_CV.gather(-1, targets_C1)[:, 0]
@@ -308,7 +325,7 @@ def _logits_gradient(
     """Of Σ gradient · log π(target), by the layer's output: gradient · (1[v = target] − π(v)) · slope.
 
     With entropies H and their gradients, of Σ gradient · H too: −gradient · π(v) · (log π(v) + H) · slope.
-    Overwrites `raw_CV`, where it can.
+    In the precision of `raw_CV`, which it overwrites where it can.
     """
     logits_CV = finish(raw_CV)
     slope_CV = None if finish.softcap is None else 1 - (logits_CV / finish.softcap) ** 2
@@ -323,8 +340,21 @@ def _logits_gradient(
         finite_CV = logprobs_CV.clamp_(min=torch.finfo(logprobs_CV.dtype).min)  # 0 · −inf would be NaN
         d_raw = finite_CV.add_(entropy_C1).mul_(probs_CV).mul_(-factor * entropy_gradient_C1)
         d_raw.addcmul_(probs_CV, gradient_C1, value=-1)
-    d_raw.scatter_add_(-1, targets_C1, gradient_C1)
-    return d_raw if slope_CV is None else d_raw.mul_(slope_CV)
+    chosen_C1 = d_raw.gather(-1, targets_C1).add_(gradient_C1)
+    if slope_CV is not None:
+        d_raw, chosen_C1 = d_raw.mul_(slope_CV), chosen_C1.mul_(slope_CV.gather(-1, targets_C1))
+    d_raw, chosen_C1 = d_raw.to(raw_CV.dtype), chosen_C1.to(raw_CV.dtype)
+    return d_raw.scatter_(-1, targets_C1, chosen_C1)
+
+
+class ChunkPasses:
+    """What is done to a chunk's logits, forward and backward; each in one or two passes over them if compiled."""
+
+    def __init__(self) -> None:
+        self.scores, self.gradient = _scores, _logits_gradient
+
+    def compile(self) -> None:
+        self.scores, self.gradient = (torch.compile(each, dynamic=True) for each in (_scores, _logits_gradient))
 
 
 def _chunks(count: int, rows: int) -> Iterator[slice]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etude.math.placing import place
 from etude.models.slot_cache import SlotCache
 
 PLAN = "packed_plan"  # the keyword under which a plan travels through the model
@@ -55,9 +56,9 @@ class PackedPlan:
         positions = [
             p for past, n in zip(self.past, self.lengths, strict=True) for p in range(past, past + n)
         ]
-        self.positions_T = torch.tensor(positions, device=self.device)
+        self.positions_T = place(positions, self.device, torch.long)
         slots = [s for s, n in zip(self.slots, self.lengths, strict=self.cache is not None) for _ in range(n)]
-        self.slots_T = torch.tensor(slots, device=self.device)
+        self.slots_T = place(slots, self.device, torch.long)
 
     @property
     def position_ids(self) -> Tensor:
@@ -81,7 +82,7 @@ class PackedPlan:
     @cached_property
     def root_starts(self) -> Tensor:
         """Where the roots start and the last one ends, [roots + 1] int32."""
-        return torch.tensor([0, *accumulate(self.roots)], dtype=torch.int32, device=self.device)
+        return place([0, *accumulate(self.roots)], self.device, torch.int32)
 
     @cached_property
     def long_prompts(self) -> list[int]:
@@ -96,7 +97,7 @@ class PackedPlan:
             for start, n in zip(self.starts, self.lengths, strict=True)
             if n <= LONG_PROMPT
         ]
-        return torch.tensor(list(chain.from_iterable(short)), dtype=torch.long, device=self.device)
+        return place(list(chain.from_iterable(short)), self.device, torch.long)
 
     @cached_property
     def branches(self) -> list[Branches]:
@@ -184,7 +185,7 @@ class Rectangle:
         cells_T = present.flatten().nonzero()[:, 0]
         tokens = torch.zeros(rows * width, dtype=torch.long)
         tokens[cells_T] = torch.arange(len(cells_T))
-        return cls(rows, width, tokens.to(device), cells_T.to(device), rows * width == len(cells_T))
+        return cls(rows, width, place(tokens, device), place(cells_T, device), rows * width == len(cells_T))
 
     def rows_of(self, flat: Tensor) -> Tensor:
         """[H, T, d] as [rows, H, width, d]."""
@@ -317,7 +318,7 @@ def packed_inputs(
     The 1×1 mask is never read: a four-dimensional mask passes through `transformers` untouched, which
     keeps it from building a T×T one.
     """
-    ids = torch.as_tensor(input_ids, device=plan.device).reshape(1, -1)
+    ids = place(input_ids, plan.device).reshape(1, -1)
     return {
         "input_ids": ids,
         "position_ids": plan.position_ids,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import accumulate
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from etude.math.placing import place
 from etude.models.plans import PackedPlan, packed_inputs
 from etude.models.slot_cache import SlotCache
 from etude.sampling.feeds import Feed
@@ -35,7 +36,7 @@ class PackedBackend:
             device=self.model.device,
         )
         inputs = packed_inputs([token for feed in feeds for token in feed.token_ids], plan)
-        ends = torch.tensor(plan.lengths, device=self.model.device).cumsum(0) - 1
+        ends = place([end - 1 for end in accumulate(plan.lengths)], self.model.device)
         if self.keeps_logits:
             return self.model(**inputs, logits_to_keep=ends).logits[0]
         return self.model(**inputs).logits[0, ends]

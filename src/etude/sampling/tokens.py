@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from etude.math.placing import place
 from etude.models.plans import TokenPlan, packed_inputs
 from etude.sampling.capture import Capture, Replays, uncached_autocast
 from etude.sampling.feeds import Feed
@@ -101,9 +102,7 @@ class TokenStep:
             *ends,
             *[0] * (size - len(ends)),
         ]
-        # From pinned memory, so that Python needn't wait for the steps before.
-        host = torch.tensor(numbers, pin_memory=self.inputs.device.type == "cuda")
-        self.inputs[: 4 * size].copy_(host, non_blocking=True)
+        self.inputs[: 4 * size] = place(numbers, self.inputs.device)
 
     def __call__(self, size: int) -> Tensor:
         """Logits after each feed, [size, vocabulary] or as many rows as there are slots."""
