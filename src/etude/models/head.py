@@ -129,7 +129,14 @@ class ChunkedHead:
         if _is_plain(layer):
             parameters = layer.weight, layer.bias
             scores: tuple[Tensor, Tensor] = _LinearHead.apply(
-                states_MD, *parameters, targets_M, self.finish, temperature, entropy_gradient, rows, self.passes
+                states_MD,
+                *parameters,
+                targets_M,
+                self.finish,
+                temperature,
+                entropy_gradient,
+                rows,
+                self.passes,
             )
             return scores
         score = partial(self._at_once, temperature=temperature, entropy_gradient=entropy_gradient)
@@ -354,7 +361,9 @@ class ChunkPasses:
         self.scores, self.gradient = _scores, _logits_gradient
 
     def compile(self) -> None:
-        self.scores, self.gradient = (torch.compile(each, dynamic=True) for each in (_scores, _logits_gradient))
+        self.scores, self.gradient = (
+            torch.compile(each, dynamic=True) for each in (_scores, _logits_gradient)
+        )
 
 
 def _chunks(count: int, rows: int) -> Iterator[slice]:

@@ -34,19 +34,22 @@ class Step(Protocol):
 
 
 class Replays:
-    """A step's captures, one per size; made anew when a tensor that they read has moved."""
+    """A step's captures, one per size; made anew when a tensor that they read has moved.
+
+    Whether a weight has moved is looked at when `weights_changed` has been called, not at every step.
+    """
 
     def __init__(self, step: Step, new_capture: Callable[[], Capture]) -> None:
         self.step = step
         self.new_capture = new_capture
         self.possible = True
         self._replays: dict[tuple[int, torch.dtype | None], Replay] = {}
-        self._captured_at: list[int] = []
-        self.list_tensors()
+        self._weights: list[int] | None = None
+        self._captured_at: list[object] = []
 
-    def list_tensors(self) -> None:
-        """Look up the model's tensors, which may have been replaced; not done at every token."""
-        self._tensors = [*self.step.model.parameters(), *self.step.model.buffers()]
+    def weights_changed(self) -> None:
+        """Weights may be other tensors than before."""
+        self._weights = None
 
     def __call__(self, size: int) -> Tensor:
         """Logits, [rows, vocabulary]; the next call may overwrite them."""
@@ -55,7 +58,7 @@ class Replays:
         key = (size, autocast_dtype(self.step.inputs.device))
         if key in self._replays and self._addresses() == self._captured_at:
             return self._replays[key]()
-        logits = self.step(size)  # the first call may allocate the cache's layers
+        logits = self.step(size)  # a first time: it may allocate the cache's layers, and compile kernels
         addresses = self._addresses()
         if addresses != self._captured_at:
             self._replays.clear()
@@ -66,13 +69,14 @@ class Replays:
             name = type(self.step.model).__name__
             warnings.warn(f"{name} can't be captured, so it decodes eagerly: {error}", stacklevel=2)
             self.possible = False
-            return logits
         return logits
 
-    def _addresses(self) -> list[int]:
-        cached = (tensor for layer in self.step.cache.layers.values() for tensor in layer)
-        tensors = (*self._tensors, self.step.inputs, *cached)
-        return [self.step.cache.length, *(tensor.data_ptr() for tensor in tensors)]
+    def _addresses(self) -> list[object]:
+        if self._weights is None:
+            model = self.step.model
+            self._weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+        cached = [tensor.data_ptr() for layer in self.step.cache.layers.values() for tensor in layer]
+        return [self._weights, self.step.inputs.data_ptr(), self.step.cache.length, cached]
 
 
 class CudaCapture:
@@ -84,12 +88,8 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Replay) -> Replay:
-        """Warm `step` up on a side stream and capture it; other threads may use the device meanwhile."""
+        """Capture `step`, which has run before; other threads may use the device meanwhile."""
         current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            step()
-        current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.stream(current),  # which a capture that fails doesn't go back to

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from etude.errors import SamplerError
+from etude.math.placing import Fetched, place
 from etude.sampling.cuts import Row, edit, edits_in_force, on_rows, warp
 
 _MASK = (1 << 64) - 1
@@ -39,6 +41,19 @@ def uniform(seed: int, position: int) -> float:
     return ((mix(seed, position) >> 40) + 0.5) * 2.0**-24
 
 
+def uniforms(rows: Sequence[Row]) -> Tensor:
+    """`uniform` of each row's seed and position, [R] float64."""
+    words = np.array([(row.seed & _MASK, row.position) for row in rows], dtype=np.uint64)
+    state = np.zeros(len(rows), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for word in words.T:
+            state += word + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state ^= state >> np.uint64(31)
+    return torch.from_numpy(((state >> np.uint64(40)).astype(np.float64) + 0.5) * 2.0**-24)
+
+
 @dataclass(slots=True)
 class Drawn:
     """Per row: token ids, and their log-probabilities before and after the distribution was cut.
@@ -52,36 +67,65 @@ class Drawn:
     failures: dict[int, SamplerError] = field(default_factory=dict)
 
 
+class Draw:
+    """One token per row, drawn on the device but not known to Python yet.
+
+    Attributes:
+        tokens_R: the tokens, on the device.
+    """
+
+    def __init__(self, rows: Sequence[Row], numbers_R3: Tensor, failures: dict[int, SamplerError]) -> None:
+        self.tokens_R = numbers_R3[:, 0].long()
+        self._rows = rows
+        self._numbers = Fetched(numbers_R3)
+        self._failures = failures
+
+    def known(self) -> Drawn:
+        """Waits for the device."""
+        token_ids, logprobs, sampling = map(list, zip(*self._numbers.tolist(), strict=True))
+        failures = dict(self._failures)
+        for i, row in enumerate(self._rows):
+            if sampling[i] != sampling[i]:  # NaN, and so are all of the row's: it has no distribution
+                failures.setdefault(i, _undrawable(row, of_model=logprobs[i] != logprobs[i]))
+        return Drawn([int(token) for token in token_ids], logprobs, sampling, failures)
+
+
 def draw(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
     """Sample one token per row from `logits_RV` (float32 or float64, [rows, vocabulary])."""
+    return begin_draw(logits_RV, rows).known()
+
+
+def begin_draw(logits_RV: Tensor, rows: Sequence[Row]) -> Draw:
+    """`draw`, without waiting for the device."""
+    return Draw(rows, *_draw(logits_RV, rows))
+
+
+def begin_draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Draw:
+    """`begin_draw`, row by row, for the same bits beside any rows.
+
+    How a cumulative sum is cut up on a GPU depends on the number of rows.
+    """
+    each = [_draw(logits_RV[i : i + 1].clone(), [row]) for i, row in enumerate(rows)]
+    failures = {i: failed[0] for i, (_, failed) in enumerate(each) if failed}
+    return Draw(rows, torch.cat([numbers for numbers, _ in each]), failures)
+
+
+def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, dict[int, SamplerError]]:
+    """Token, log-probability before and after the cuts [R, 3], as one tensor to be fetched at once.
+
+    In float64, where a token's number is exact.
+    """
     if logits_RV.dtype not in (torch.float32, torch.float64):
         logits_RV = logits_RV.float()
     scaled_RV = _scale(logits_RV, rows)
     scores_RV, failures = _edited(logits_RV, scaled_RV, rows)
     scores_RV = warp(scores_RV, rows)
     tokens_R1, sampling_R1 = _choose(scores_RV, rows)
-    sampling = sampling_R1[:, 0].tolist()
-    logprobs = sampling
+    logprobs_R1 = sampling_R1
     if scores_RV is not scaled_RV:
-        logprobs = scaled_RV.log_softmax(-1).gather(-1, tokens_R1)[:, 0].tolist()
-    for i, row in enumerate(rows):
-        if sampling[i] != sampling[i]:  # NaN, and so are all of the row's: it has no distribution
-            failures.setdefault(i, _undrawable(row, of_model=logprobs[i] != logprobs[i]))
-    return Drawn(tokens_R1[:, 0].tolist(), logprobs, sampling, failures)
-
-
-def draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
-    """`draw`, row by row, for the same bits beside any rows.
-
-    How a cumulative sum is cut up on a GPU depends on the number of rows.
-    """
-    each = [draw(logits_RV[i : i + 1].clone(), [row]) for i, row in enumerate(rows)]
-    return Drawn(
-        [one.token_ids[0] for one in each],
-        [one.logprobs[0] for one in each],
-        [one.sampling_logprobs[0] for one in each],
-        {i: one.failures[0] for i, one in enumerate(each) if one.failures},
-    )
+        logprobs_R1 = scaled_RV.log_softmax(-1).gather(-1, tokens_R1)
+    numbers = tokens_R1.double(), logprobs_R1.double(), sampling_R1.double()
+    return torch.cat(numbers, dim=1), failures
 
 
 def _scale(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -132,7 +176,7 @@ def _invert(probs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     if vocabulary % _BLOCK:
         probs_RV = pad(probs_RV, (0, _BLOCK - vocabulary % _BLOCK))
     probs_RKB = probs_RV.unflatten(-1, (-1, _BLOCK))
-    u_R1 = probs_RV.new_tensor([[uniform(row.seed, row.position)] for row in rows])
+    u_R1 = place(uniforms(rows), probs_RV.device).to(probs_RV.dtype)[:, None]
     upto_RK = probs_RKB.sum(-1).cumsum(-1)
     threshold_R1 = u_R1 * upto_RK[:, -1:]
     block_R1 = _first_above(upto_RK, threshold_R1)

@@ -15,13 +15,15 @@ from etude.sampling.memory import CacheCost, CacheLimits
 class Feed:
     """Tokens that follow `past` tokens already in `slot`.
 
-    `family` is a number, and how many first tokens all slots of that number hold in common.
+    `family` is a number, and how many first tokens all slots of that number hold in common. With `drawn`, the
+    only token is the one that this row of the step before drew, which Python doesn't know yet.
     """
 
     slot: int
     past: int
     token_ids: Sequence[int]
     family: tuple[int, int] | None = None
+    drawn: int | None = None
 
     @property
     def end(self) -> int:
@@ -31,9 +33,17 @@ class Feed:
 
 class Backend(Protocol):
     closes_up: bool  # a step reads fewer keys where the slots in use lie close together
+    runs_ahead: bool  # a step takes tokens that Python doesn't know yet, and doesn't wait for the device
 
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
-        """Put each feed's tokens into its slot; the logits after its last token, [feeds, vocabulary]."""
+    def logits(self, feeds: Sequence[Feed], drawn_R: Tensor | None = None) -> Tensor:
+        """Put each feed's tokens into its slot; the logits after its last token, [feeds, vocabulary].
+
+        `drawn_R` are the tokens that the step before drew.
+        """
+        ...
+
+    def weights_changed(self) -> None:
+        """The model computes with other weights than before, which may lie elsewhere."""
         ...
 
     def copy(self, source: int, target: int, length: int) -> bool:

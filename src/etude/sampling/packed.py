@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,13 +21,14 @@ class PackedBackend:
     """One flat step for all rows, prompts and single tokens alike, over a preallocated cache."""
 
     closes_up = True
+    runs_ahead = False  # whoever launches hundreds of kernels has no time to gain
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.cache = SlotCache(slots=0, length=0)
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
+    def logits(self, feeds: Sequence[Feed], drawn_R: Tensor | None = None) -> Tensor:
         plan = PackedPlan(
             lengths=[len(feed.token_ids) for feed in feeds],
             past=[feed.past for feed in feeds],
@@ -35,11 +37,21 @@ class PackedBackend:
             families=[feed.family for feed in feeds],
             device=self.model.device,
         )
-        inputs = packed_inputs([token for feed in feeds for token in feed.token_ids], plan)
+        ids_T = place([token for feed in feeds for token in feed.token_ids], self.model.device)
+        if drawn_R is not None:
+            rows = [
+                (start, f.drawn) for start, f in zip(plan.starts, feeds, strict=True) if f.drawn is not None
+            ]
+            places, source = place(rows, self.model.device, torch.long).view(-1, 2).T
+            ids_T[places] = drawn_R[source]
+        inputs = packed_inputs(ids_T, plan)
         ends = place([end - 1 for end in accumulate(plan.lengths)], self.model.device)
         if self.keeps_logits:
             return self.model(**inputs, logits_to_keep=ends).logits[0]
         return self.model(**inputs).logits[0, ends]
+
+    def weights_changed(self) -> None:
+        """Looked up at every step."""
 
     def copy(self, source: int, target: int, length: int) -> bool:
         self.cache.copy(source, target, length)

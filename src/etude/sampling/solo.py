@@ -37,6 +37,7 @@ class SoloBackend:
     """
 
     closes_up = False
+    runs_ahead = False
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:
         self.model = model
@@ -47,9 +48,13 @@ class SoloBackend:
         self._states: dict[int, Any] = {}
         self._tokens: dict[int, list[int]] = {}
 
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
+    def logits(self, feeds: Sequence[Feed], drawn_R: Tensor | None = None) -> Tensor:
+        assert drawn_R is None, "this backend doesn't run ahead"
         row = self._from_the_start if self.way == "whole" else self._continued
         return torch.stack([row(feed) for feed in feeds])
+
+    def weights_changed(self) -> None:
+        """Looked up at every step."""
 
     def copy(self, source: int, target: int, length: int) -> bool:
         return False  # a state may be more than keys and values by position

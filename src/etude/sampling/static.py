@@ -68,6 +68,7 @@ class StaticBackend:
     """
 
     closes_up = False  # idle rows are computed anyway
+    runs_ahead = False
 
     def __init__(
         self,
@@ -84,10 +85,9 @@ class StaticBackend:
         self.step = StaticStep(packed.model, self.cache)
         self.replays = Replays(self.step, capture) if capture else None
 
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
+    def logits(self, feeds: Sequence[Feed], drawn_R: Tensor | None = None) -> Tensor:
+        assert drawn_R is None, "this backend doesn't run ahead"
         blocks, prompts = self._arrange(feeds)
-        if prompts and self.replays:
-            self.replays.list_tensors()
         rows: dict[int, Tensor] = {}
         for members in [[i] for i in prompts] if self.deterministic else [prompts] if prompts else []:
             logits = self.packed.logits([feeds[i] for i in members])
@@ -98,6 +98,10 @@ class StaticBackend:
             # Taken out of the block at once: the next replay writes over it.
             rows.update(zip(members, logits[[feeds[i].slot for i in members]], strict=True))
         return torch.stack([rows[i] for i in range(len(feeds))])
+
+    def weights_changed(self) -> None:
+        if self.replays:
+            self.replays.weights_changed()
 
     def limits(self, limits: CacheLimits) -> CacheLimits:
         """As many slots as there are to be from now on, and what the block has beside them.
