@@ -58,18 +58,20 @@ def decode(
 ) -> dict[str, Any]:
     """`steps` tokens for each of `rows` sessions of `history` tokens; feeding these isn't timed.
 
-    Nor is the first step of single tokens, which a captured one has to be captured from.
+    Nor is the first step of all rows' single tokens, which a captured one has to be captured from.
     """
     rows, steps = request["rows"], request["steps"]
     source = Random(request["seed"])
     vocabulary = model.config.vocab_size
-    prompts = [workload.random_tokens(source, request["history"] - 1, vocabulary) for _ in range(rows)]
+    prompts = [workload.random_tokens(source, request["history"] - 2, vocabulary) for _ in range(rows)]
     sampler = LocalSampler(model, tokenizer, slots=rows, **request.get("options", {}))
     sessions = [sampler.session(seed=i) for i in range(rows)]
 
     async def steady() -> Stopwatch:
-        two, several = SamplingParams(max_new_tokens=2), SamplingParams(max_new_tokens=steps)
-        await asyncio.gather(*(s.sample(p, two) for s, p in zip(sessions, prompts, strict=True)))
+        one, several = SamplingParams(max_new_tokens=1), SamplingParams(max_new_tokens=steps)
+        await asyncio.gather(*(s.sample(p, one) for s, p in zip(sessions, prompts, strict=True)))
+        for _ in range(2):
+            await asyncio.gather(*(session.sample([], one) for session in sessions))
         with Stopwatch() as watch:
             results = await asyncio.gather(*(session.sample([], several) for session in sessions))
         assert all(len(result.token_ids) == steps for result in results)

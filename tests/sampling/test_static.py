@@ -35,10 +35,10 @@ from etude.errors import CacheBudgetError, ConfigError
 from etude.models.attention import install
 from etude.runtime.loop import run_sync
 from etude.sampling.backends import choose_backend
-from etude.sampling.packed import PackedBackend
 from etude.sampling.feeds import Feed
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
+from etude.sampling.packed import PackedBackend
 from etude.sampling.solo import SoloBackend
 from etude.sampling.static import StaticBackend, rows_are_alike
 from etude.types import SamplingParams

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.sampling.test_static import Textless, random_prompts, static_model
 
 from etude.models.attention import install
 from etude.sampling.feeds import Feed
@@ -12,7 +13,6 @@ from etude.sampling.local import LocalSampler
 from etude.sampling.packed import PackedBackend
 from etude.sampling.tokens import LEAST, MOST, TokenBackend
 from etude.types import SamplingParams
-from tests.sampling.test_static import Textless, random_prompts, static_model
 
 
 def token_backend(model, slots=4, length=128):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from etude.data.families import Layout
-from etude.math.placing import place
 from etude.errors import DataError
+from etude.math.placing import place
 from etude.types import STOP_POLICIES, Episode, NamedReward, StopPolicy, StopReason
 
 

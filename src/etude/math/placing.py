@@ -23,18 +23,61 @@ def place(
     return tensor.to(device)
 
 
-class Fetched:
-    """A tensor on its way to Python: copied once what it is computed from has run, and not after what follows."""
+class Send:
+    """Numbers on their way to a device, from pinned memory that is written anew each time.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._host, self._event = tensor, None
+    Args:
+        count: numbers at most.
+        device: to which they go.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._pinned = device.type == "cuda"
+        self._host = torch.zeros(count, dtype=torch.long, pin_memory=self._pinned)
+        self._sent: torch.cuda.Event | None = None
+
+    def memory(self, count: int) -> Tensor:
+        """The first `count` numbers, to be written; waits until those sent before have arrived."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._host[:count]
+
+    def to(self, target: Tensor) -> None:
+        """Send as many as `target` has."""
+        target.copy_(self._host[: len(target)], non_blocking=True)
+        if self._pinned:
+            self._sent = torch.cuda.Event()
+            self._sent.record(torch.cuda.current_stream(target.device))
+
+
+class Fetch:
+    """A tensor on its way to Python: copied once what it is computed from has run, and not after what follows.
+
+    Args:
+        host: where it is copied to, as large at least; pinned memory if it comes from a GPU.
+    """
+
+    def __init__(self, host: Tensor) -> None:
+        self._host = self._copied = host
+        self._event: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Fetch:
+        fetch = cls(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"))
+        fetch.begin(tensor)
+        return fetch
+
+    def begin(self, tensor: Tensor) -> None:
+        """Forgets what was fetched before."""
+        self._copied = self._host[: len(tensor)]
+        self._copied.copy_(tensor, non_blocking=True)
         if tensor.device.type == "cuda":
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
 
     def tolist(self) -> list[Any]:
+        """Waits for it."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host.tolist()
+        values: list[Any] = self._copied.tolist()
+        return values

@@ -2,11 +2,15 @@
 
 Layer by layer, not the whole model: all layers of a kind share one compilation of a few seconds for each of
 the ways they are called (with gradients and without, in autocast's precision), for any number of tokens. The
-packed attention stays as it is, between the compiled halves of its layer. A CPU gains little from it.
+packed attention stays as it is, between the compiled halves of its layer. Calls without a plan (`generate`)
+run as before: their caches are other objects in each layer, and each would be compiled for itself. A CPU
+gains little from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from etude.models.attention import is_packed
 from etude.models.loading import decoder_of
+from etude.models.plans import PLAN
 
 
 def compile_layers(model: nn.Module, **options: Any) -> int:
@@ -38,4 +43,10 @@ def compile_layers(model: nn.Module, **options: Any) -> int:
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer.compile(**{"dynamic": True, **options})
+        # Where `compile` puts it: copies of the layer, such as a reference policy, leave it behind.
+        layer._compiled_call_impl = partial(_with_plan, layer, layer._compiled_call_impl)  # type: ignore[assignment]
     return len(layers)
+
+
+def _with_plan(layer: nn.Module, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (compiled if PLAN in kwargs else layer._call_impl)(*args, **kwargs)

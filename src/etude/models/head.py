@@ -360,10 +360,10 @@ class ChunkPasses:
     def __init__(self) -> None:
         self.scores, self.gradient = _scores, _logits_gradient
 
-    def compile(self) -> None:
-        self.scores, self.gradient = (
-            torch.compile(each, dynamic=True) for each in (_scores, _logits_gradient)
-        )
+    def compile(self, **options: Any) -> None:
+        """With options of `torch.compile`."""
+        options = {"dynamic": True, **options}
+        self.scores, self.gradient = (torch.compile(f, **options) for f in (_scores, _logits_gradient))
 
 
 def _chunks(count: int, rows: int) -> Iterator[slice]:

@@ -51,6 +51,10 @@ class Replays:
         """Weights may be other tensors than before."""
         self._weights = None
 
+    def has(self, size: int) -> bool:
+        """Whether a step of that size was captured before (and may have to be again)."""
+        return (size, autocast_dtype(self.step.inputs.device)) in self._replays
+
     def __call__(self, size: int) -> Tensor:
         """Logits, [rows, vocabulary]; the next call may overwrite them."""
         if not self.possible:

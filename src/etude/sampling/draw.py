@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from etude.errors import SamplerError
-from etude.math.placing import Fetched, place
+from etude.math.placing import Fetch, place
+from etude.models.attention import token_kernels
 from etude.sampling.cuts import Row, edit, edits_in_force, on_rows, warp
 
 _MASK = (1 << 64) - 1
@@ -41,7 +43,7 @@ def uniform(seed: int, position: int) -> float:
     return ((mix(seed, position) >> 40) + 0.5) * 2.0**-24
 
 
-def uniforms(rows: Sequence[Row]) -> Tensor:
+def uniforms(rows: Sequence[Row]) -> np.ndarray:
     """`uniform` of each row's seed and position, [R] float64."""
     words = np.array([(row.seed & _MASK, row.position) for row in rows], dtype=np.uint64)
     state = np.zeros(len(rows), dtype=np.uint64)
@@ -51,7 +53,14 @@ def uniforms(rows: Sequence[Row]) -> Tensor:
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state ^= state >> np.uint64(31)
-    return torch.from_numpy(((state >> np.uint64(40)).astype(np.float64) + 0.5) * 2.0**-24)
+    numbers: np.ndarray = ((state >> np.uint64(40)).astype(np.float64) + 0.5) * 2.0**-24
+    return numbers
+
+
+class Numbers(Protocol):
+    """What was drawn [R, 3], once it is known."""
+
+    def tolist(self) -> list[list[float]]: ...
 
 
 @dataclass(slots=True)
@@ -72,17 +81,28 @@ class Draw:
 
     Attributes:
         tokens_R: the tokens, on the device.
+        places: for each row, where its token is in `tokens_R`.
     """
 
-    def __init__(self, rows: Sequence[Row], numbers_R3: Tensor, failures: dict[int, SamplerError]) -> None:
-        self.tokens_R = numbers_R3[:, 0].long()
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        numbers: Numbers,
+        tokens_R: Tensor,
+        failures: dict[int, SamplerError],
+        places: Sequence[int] | None = None,
+    ) -> None:
+        self.tokens_R = tokens_R
+        self.places = range(len(rows)) if places is None else places
         self._rows = rows
-        self._numbers = Fetched(numbers_R3)
+        self._numbers = numbers
         self._failures = failures
 
     def known(self) -> Drawn:
         """Waits for the device."""
-        token_ids, logprobs, sampling = map(list, zip(*self._numbers.tolist(), strict=True))
+        numbers = self._numbers.tolist()
+        columns = zip(*(numbers[place] for place in self.places), strict=True)
+        token_ids, logprobs, sampling = map(list, columns)
         failures = dict(self._failures)
         for i, row in enumerate(self._rows):
             if sampling[i] != sampling[i]:  # NaN, and so are all of the row's: it has no distribution
@@ -97,7 +117,8 @@ def draw(logits_RV: Tensor, rows: Sequence[Row]) -> Drawn:
 
 def begin_draw(logits_RV: Tensor, rows: Sequence[Row]) -> Draw:
     """`draw`, without waiting for the device."""
-    return Draw(rows, *_draw(logits_RV, rows))
+    numbers_R3, failures = _draw(logits_RV, rows)
+    return Draw(rows, Fetch.of(numbers_R3), numbers_R3[:, 0].long(), failures)
 
 
 def begin_draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Draw:
@@ -107,7 +128,34 @@ def begin_draw_each(logits_RV: Tensor, rows: Sequence[Row]) -> Draw:
     """
     each = [_draw(logits_RV[i : i + 1].clone(), [row]) for i, row in enumerate(rows)]
     failures = {i: failed[0] for i, (_, failed) in enumerate(each) if failed}
-    return Draw(rows, torch.cat([numbers for numbers, _ in each]), failures)
+    numbers_R3 = torch.cat([numbers for numbers, _ in each])
+    return Draw(rows, Fetch.of(numbers_R3), numbers_R3[:, 0].long(), failures)
+
+
+def draw_plain(
+    logits_RV: Tensor, u_R: Tensor, temperature_R: Tensor, numbers_R3: Tensor, tokens_R: Tensor
+) -> None:
+    """Draw from whole distributions, which nothing edits or cuts; nothing depends on values that Python sees.
+
+    Args:
+        u_R: the rows' random numbers, float64.
+        temperature_R: float64; 0 takes the likeliest token.
+        numbers_R3: gets token, log-probability and again log-probability, float64.
+        tokens_R: gets the tokens.
+    """
+    if token_kernels(logits_RV.device, logits_RV.dtype) is not None:
+        from etude.sampling import token_draw
+
+        token_draw.draw(logits_RV, u_R, temperature_R, numbers_R3, tokens_R)
+        return
+    greedy_R1 = (temperature_R == 0)[:, None]
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    probs_RV = (logits_RV / temperature_R[:, None].masked_fill(greedy_R1, 1.0).to(logits_RV.dtype)).softmax(-1)
+    drawn_R1 = _invert(probs_RV, u_R.to(probs_RV.dtype)[:, None])
+    tokens_R1 = torch.where(greedy_R1, logits_RV.argmax(-1, keepdim=True), drawn_R1)
+    logprobs_R1 = probs_RV.gather(-1, tokens_R1).log()
+    tokens_R.copy_(tokens_R1[:, 0])
+    numbers_R3.copy_(torch.cat([tokens_R1.double(), logprobs_R1.double(), logprobs_R1.double()], dim=1))
 
 
 def _draw(logits_RV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, dict[int, SamplerError]]:
@@ -159,14 +207,15 @@ def _choose(scores_RV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     # Not the exponential of a log-softmax, which is slow where most of a row is -inf. What was drawn is
     # likely enough for its probability's logarithm to be exact.
     probs_RV = scores_RV.softmax(-1)
-    tokens_R1 = _invert(probs_RV, rows)
+    u_R = torch.from_numpy(uniforms(rows)).to(probs_RV.dtype)
+    tokens_R1 = _invert(probs_RV, place(u_R, probs_RV.device)[:, None])
     if any(greedy):
         is_greedy_R1 = torch.tensor(greedy, device=scores_RV.device)[:, None]
         tokens_R1 = torch.where(is_greedy_R1, scores_RV.argmax(-1, keepdim=True), tokens_R1)
     return tokens_R1, probs_RV.gather(-1, tokens_R1).log()
 
 
-def _invert(probs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
+def _invert(probs_RV: Tensor, u_R1: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds the row's random number, [R, 1].
 
     In two steps, first the block of tokens and then the token in it: only a row's sums over blocks and one
@@ -176,7 +225,6 @@ def _invert(probs_RV: Tensor, rows: Sequence[Row]) -> Tensor:
     if vocabulary % _BLOCK:
         probs_RV = pad(probs_RV, (0, _BLOCK - vocabulary % _BLOCK))
     probs_RKB = probs_RV.unflatten(-1, (-1, _BLOCK))
-    u_R1 = place(uniforms(rows), probs_RV.device).to(probs_RV.dtype)[:, None]
     upto_RK = probs_RKB.sum(-1).cumsum(-1)
     threshold_R1 = u_R1 * upto_RK[:, -1:]
     block_R1 = _first_above(upto_RK, threshold_R1)

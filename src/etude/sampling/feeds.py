@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from etude.sampling.cuts import Row
+from etude.sampling.draw import Draw
 from etude.sampling.memory import CacheCost, CacheLimits
 
 
@@ -39,6 +41,15 @@ class Backend(Protocol):
         """Put each feed's tokens into its slot; the logits after its last token, [feeds, vocabulary].
 
         `drawn_R` are the tokens that the step before drew.
+        """
+        ...
+
+    def draw(
+        self, feeds: Sequence[Feed], ready: Sequence[int], rows: Sequence[Row], drawn_R: Tensor | None
+    ) -> Draw | None:
+        """`logits`, and a token for each of the feeds at `ready`, all in one; None where that can't be had.
+
+        Only asked for where nothing edits or cuts the distributions, by a backend that `runs_ahead`.
         """
         ...
 

@@ -40,7 +40,6 @@ from etude.sampling.stop import StopStrings, token_texts
 from etude.sampling.weights import WeightWatch
 from etude.types import FinishReason, Sampled, SamplingParams
 
-
 _UNKNOWN = (0,)  # stands in for a token that Python doesn't know yet
 
 
@@ -277,31 +276,36 @@ class LocalSampler:
         self._land()
         self._flight = flight
         if flight is not None:
-            for i, turn in enumerate(flight.turns):
-                turn.coming = i
+            for turn, place in zip(flight.turns, flight.draw.places, strict=True):
+                turn.coming = place
             if not runs_ahead:
                 self._land()
 
     def _launch(self, feeds: list[Feed], turns: list[Turn]) -> Flight | None:
         """Feed, and draw for the turns that have then seen all; nothing of it is known yet."""
         drawn_R = self._flight.draw.tokens_R if self._flight else None
-        with self.autocast(), nullcontext() if self._linears is None else self._linears.active():
-            logits = self._backend.logits(feeds, drawn_R)
-        for feed, turn in zip(feeds, turns, strict=True):
-            turn.session.cached += len(feed.token_ids)
+        ready = []
+        for i, (feed, turn) in enumerate(zip(feeds, turns, strict=True)):
+            session = turn.session
+            session.cached += len(feed.token_ids)
+            self.tokens_fed += len(feed.token_ids)
+            if session.cached == len(session.token_ids) + turn.ahead:
+                ready.append(i)
         self.steps += 1
-        self.tokens_fed += sum(len(feed.token_ids) for feed in feeds)
-        ready = [
-            i
-            for i, turn in enumerate(turns)
-            if turn.session.cached == len(turn.session.token_ids) + turn.ahead
-        ]
+        drawing = [turns[i] for i in ready]
+        rows = [turn.row() for turn in drawing]
+        draw = None
+        with self.autocast(), nullcontext() if self._linears is None else self._linears.active():
+            if self._backend.runs_ahead and all(turn.plain for turn in drawing):
+                draw = self._backend.draw(feeds, ready, rows, drawn_R)
+            if draw is None:
+                logits = self._backend.logits(feeds, drawn_R)
         if not ready:
             return None
-        rows = [turns[i].row() for i in ready]
-        begin = begin_draw_each if self.deterministic else begin_draw
-        draw = begin(logits if len(ready) == len(turns) else logits[ready], rows)
-        return Flight([turns[i] for i in ready], draw, self.policy_version)
+        if draw is None:
+            begin = begin_draw_each if self.deterministic else begin_draw
+            draw = begin(logits if len(ready) == len(turns) else logits[ready], rows)
+        return Flight(drawing, draw, self.policy_version)
 
     def _schedule(self) -> tuple[list[Feed], list[Turn]]:
         """Rows that decode always take part; prompts share the step's token budget."""

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from etude.math.placing import place
 from etude.models.plans import PackedPlan, packed_inputs
 from etude.models.slot_cache import SlotCache
+from etude.sampling.cuts import Row
+from etude.sampling.draw import Draw
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheCost, CacheLimits
 
@@ -49,6 +51,11 @@ class PackedBackend:
         if self.keeps_logits:
             return self.model(**inputs, logits_to_keep=ends).logits[0]
         return self.model(**inputs).logits[0, ends]
+
+    def draw(
+        self, feeds: Sequence[Feed], ready: Sequence[int], rows: Sequence[Row], drawn_R: Tensor | None
+    ) -> Draw | None:
+        return None
 
     def weights_changed(self) -> None:
         """Looked up at every step."""

@@ -102,9 +102,13 @@ class Turn:
     forced: int = 0  # the tokens that the turn began with
     coming: int | None = None  # the row of the latest draw that its next token is in, not known yet
     over: bool = False  # finished, failed or given up: what is still drawn for it is thrown away
+    plain: bool = field(init=False)  # drawn from the whole distribution: nothing edits or cuts it
     _row: Row = field(init=False)
 
     def __post_init__(self) -> None:
+        params = self.params
+        edited = params.min_new_tokens or params.allowed_token_ids is not None or self.needs_history
+        self.plain = not (edited or params.top_k > 0 or params.top_p < 1 or params.min_p)
         self._row = Row(self.params, self.session.seed, 0, self.session.history, 0)
 
     @property

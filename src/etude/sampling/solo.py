@@ -21,6 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 
 from etude.errors import ModelError
 from etude.models.packing import FOREIGN_ERRORS, crosses_switch, plain_logits, probes, same_logits
+from etude.sampling.cuts import Row
+from etude.sampling.draw import Draw
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheCost, CacheLimits
 
@@ -52,6 +54,11 @@ class SoloBackend:
         assert drawn_R is None, "this backend doesn't run ahead"
         row = self._from_the_start if self.way == "whole" else self._continued
         return torch.stack([row(feed) for feed in feeds])
+
+    def draw(
+        self, feeds: Sequence[Feed], ready: Sequence[int], rows: Sequence[Row], drawn_R: Tensor | None
+    ) -> Draw | None:
+        return None
 
     def weights_changed(self) -> None:
         """Looked up at every step."""

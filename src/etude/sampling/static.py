@@ -43,6 +43,8 @@ from etude.errors import CacheBudgetError
 from etude.models.plans import StaticPlan, packed_inputs
 from etude.models.slot_cache import SlotCache
 from etude.sampling.capture import Capture, Replays, uncached_autocast
+from etude.sampling.cuts import Row
+from etude.sampling.draw import Draw
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheCost, CacheLimits, format_size
 
@@ -98,6 +100,11 @@ class StaticBackend:
             # Taken out of the block at once: the next replay writes over it.
             rows.update(zip(members, logits[[feeds[i].slot for i in members]], strict=True))
         return torch.stack([rows[i] for i in range(len(feeds))])
+
+    def draw(
+        self, feeds: Sequence[Feed], ready: Sequence[int], rows: Sequence[Row], drawn_R: Tensor | None
+    ) -> Draw | None:
+        return None
 
     def weights_changed(self) -> None:
         if self.replays:

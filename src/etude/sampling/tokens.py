@@ -11,24 +11,28 @@ Not covered: the same bits whatever runs beside (`static`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from etude.math.placing import place
+from etude.math.placing import Fetch, Send
 from etude.models.plans import TokenPlan, packed_inputs
 from etude.sampling.capture import Capture, Replays, uncached_autocast
+from etude.sampling.cuts import Row
+from etude.sampling.draw import Draw, draw_plain, uniforms
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheCost, CacheLimits
 from etude.sampling.packed import PackedBackend
 
-LEAST, MOST = 32, 1024  # tokens of a captured step; sizes double in between
+LEAST, MOST = 64, 1024  # tokens of a captured step; sizes double in between
 FIRST_LENGTH = 1024  # tokens that slots have room for at first: growing moves the cache, and captures with it
+PATIENCE = 32  # steps that a larger captured size serves before a smaller one is captured
 
-_NUMBERS = 5  # that a step is told of each of its tokens
+_NUMBERS = 7  # that a step is told of each of its tokens
 
 
 class TokenBackend:
@@ -46,14 +50,39 @@ class TokenBackend:
         self.packed = packed
         self.step = TokenStep(packed)
         self.replays = Replays(self.step, capture) if capture else None
+        self._wanted: Counter[int] = Counter()
 
     def logits(self, feeds: Sequence[Feed], drawn_R: Tensor | None = None) -> Tensor:
-        tokens = sum(len(feed.token_ids) for feed in feeds)
-        if tokens > MOST:
+        if not self._serves(feeds, drawn_R):
             return self.packed.logits(feeds, drawn_R)
-        size = max(LEAST, 1 << (tokens - 1).bit_length())
-        self.step.fill(feeds, size, drawn_R)
-        return (self.replays(size) if self.replays else self.step(size))[: len(feeds)]
+        return self._run(feeds, {}, drawn_R)[: len(feeds)]
+
+    def draw(
+        self, feeds: Sequence[Feed], ready: Sequence[int], rows: Sequence[Row], drawn_R: Tensor | None
+    ) -> Draw | None:
+        if not self._serves(feeds, drawn_R):
+            return None
+        self._run(feeds, dict(zip(ready, rows, strict=True)), drawn_R)
+        return Draw(rows, self.step.fetched(len(feeds)), self.step.drawn_R, {}, ready)
+
+    def _serves(self, feeds: Sequence[Feed], drawn_R: Tensor | None) -> bool:
+        drawn = 0 if drawn_R is None else len(drawn_R)
+        return drawn <= MOST and sum(len(feed.token_ids) for feed in feeds) <= MOST
+
+    def _run(self, feeds: Sequence[Feed], rows: Mapping[int, Row], drawn_R: Tensor | None) -> Tensor:
+        tokens = sum(len(feed.token_ids) for feed in feeds)
+        size = self._size(max(LEAST, 1 << (tokens - 1).bit_length()))
+        self.step.fill(feeds, size, rows, drawn_R)
+        return self.replays(size) if self.replays else self.step(size)
+
+    def _size(self, least: int) -> int:
+        """A captured size, if there is one; a smaller one is captured when it has been wanted some times."""
+        if not self.replays or self.replays.has(least):
+            return least
+        self._wanted[least] += 1
+        larger = (least << shift for shift in range(1, MOST.bit_length()))
+        there = next((size for size in larger if size <= MOST and self.replays.has(size)), None)
+        return least if there is None or self._wanted[least] > PATIENCE else there
 
     def weights_changed(self) -> None:
         if self.replays:
@@ -77,20 +106,31 @@ class TokenBackend:
 
 
 class TokenStep:
-    """A model's forward over single tokens of any slots, its inputs in tensors that stay.
+    """A model's forward over single tokens of any slots, and a draw after it, in tensors that stay.
 
     Nothing in a call depends on values that Python sees, and nothing waits for the device.
+
+    Attributes:
+        drawn_R: the tokens that the latest call drew, by feed. The next one may be fed them.
     """
 
     def __init__(self, packed: PackedBackend) -> None:
         self.model = packed.model
         self.cache = packed.cache
         self.keeps_logits = packed.keeps_logits
-        self.inputs = torch.zeros(_NUMBERS * MOST, dtype=torch.long, device=self.model.device)
-        self.drawn_R = torch.zeros(MOST, dtype=torch.long, device=self.model.device)
+        device = self.model.device
+        self.inputs = torch.zeros(_NUMBERS * MOST, dtype=torch.long, device=device)
+        self.drawn_R = torch.zeros(MOST, dtype=torch.long, device=device)
+        self._numbers_R3 = torch.zeros(MOST, 3, dtype=torch.float64, device=device)
+        # Two of each: a step is filled while the one before runs, and what that drew is read after that.
+        pinned = device.type == "cuda"
+        self._sent = [Send(_NUMBERS * MOST, device) for _ in range(2)]
+        self._fetched = [Fetch(torch.zeros(MOST, 3, dtype=torch.float64, pin_memory=pinned)) for _ in range(2)]
 
-    def fill(self, feeds: Sequence[Feed], size: int, drawn_R: Tensor | None) -> None:
-        """Set what `size` tokens are told, and what the step before drew."""
+    def fill(
+        self, feeds: Sequence[Feed], size: int, rows: Mapping[int, Row], drawn_R: Tensor | None
+    ) -> None:
+        """Set what `size` tokens are told, what is drawn from for feeds in `rows`, and what was drawn before."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -108,21 +148,38 @@ class TokenStep:
                 slots += [feed.slot] * count
                 drawn += [-1] * count
             ends.append(len(ids) - 1)
-        numbers = np.zeros((_NUMBERS, size), dtype=np.int64)
+        self._sent.reverse()
+        numbers = self._sent[0].memory(_NUMBERS * size).numpy().reshape(_NUMBERS, size)
+        numbers[:] = 0
         numbers[2] = numbers[4] = -1
-        for row, values in zip(numbers, (ids, positions, slots, ends, drawn), strict=True):
+        for row, values in zip(numbers, (ids, positions, slots, ends, drawn), strict=False):
             row[: len(values)] = values
-        self.inputs[: _NUMBERS * size] = place(torch.from_numpy(numbers).flatten(), self.inputs.device)
-        if drawn_R is not None:
+        if rows:
+            drawing = list(rows)
+            numbers[5].view(np.float64)[drawing] = uniforms(list(rows.values()))
+            numbers[6].view(np.float64)[drawing] = [row.params.temperature for row in rows.values()]
+        self._sent[0].to(self.inputs[: _NUMBERS * size])
+        if drawn_R is not None and drawn_R is not self.drawn_R:
             self.drawn_R[: len(drawn_R)] = drawn_R
 
     def __call__(self, size: int) -> Tensor:
         """Logits after each feed, [size, vocabulary] or as many rows as there are slots."""
-        ids, positions, slots, ends, drawn = self.inputs[: _NUMBERS * size].view(_NUMBERS, size)
+        numbers = self.inputs[: _NUMBERS * size].view(_NUMBERS, size)
+        ids, positions, slots, ends, drawn = numbers[:5]
         ids = torch.where(drawn < 0, ids, self.drawn_R[drawn.clamp(min=0)])
         ends = ends[: self.cache.slots]
         inputs = packed_inputs(ids, TokenPlan(self.cache, positions, slots))
         with uncached_autocast(self.inputs.device):
             if self.keeps_logits:
-                return self.model(**inputs, logits_to_keep=ends).logits[0]
-            return self.model(**inputs).logits[0, ends]
+                logits = self.model(**inputs, logits_to_keep=ends).logits[0]
+            else:
+                logits = self.model(**inputs).logits[0, ends]
+        u, temperature = numbers[5:].view(torch.float64)[:, : len(ends)]
+        draw_plain(logits, u, temperature, self._numbers_R3[: len(ends)], self.drawn_R[: len(ends)])
+        return logits
+
+    def fetched(self, count: int) -> Fetch:
+        """What the latest call drew for its first `count` feeds, on its way to Python."""
+        self._fetched.reverse()
+        self._fetched[0].begin(self._numbers_R3[:count])
+        return self._fetched[0]
