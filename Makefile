@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install browser demo test test-peers check lint types format peers bench-rollout bench-train bench-learning clean
+.PHONY: install browser demo test test-peers check lint types format peers bench-rollout bench-train bench-learning bench-robustness clean
 
 install: $(STAMP)
 
@@ -64,6 +64,10 @@ bench-train: install
 # What is learnt in equal wall time, ours and TRL's: a table, curves; half an hour on two quiet cores.
 bench-learning: install
 	$(BIN)/python -m benchmarks.learning $(BENCH_ARGS)
+
+# Practice against more imitation at equal compute: success under noise, on a second task, by time; 25 minutes.
+bench-robustness: install
+	$(BIN)/python -m benchmarks.robustness $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) runs benchmarks/results benchmarks/peers/*/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -71,7 +71,13 @@ def gpu_generate(options: Options) -> Json:
     return {
         "ratio": rates["etude"] / rates["generate"],
         "tokens_per_second": rates,
-        "settings": {**asdict(shape), "slots": slots, "tool_ms": TOOL_MS, **sampling, "model": config.to_dict()},
+        "settings": {
+            **asdict(shape),
+            "slots": slots,
+            "tool_ms": TOOL_MS,
+            **sampling,
+            "model": config.to_dict(),
+        },
         "tuning": tried["tried"],
         "sides": {side.name: side.about for side in (ours, theirs)},
         "runs": answers,
@@ -109,7 +115,11 @@ def gpu_mfu(options: Options) -> Json:
     work = {"kind": "update", "episodes": 64, "tokens": 1024, "tokens_per_pass": 32_768}
     if options.quick:
         work |= {"episodes": 4, "tokens": 64, "tokens_per_pass": 128}
-    arguments = [str(checkpoint), f"--device={options.device}", *(["--compiled"] if options.device == "cuda" else [])]
+    arguments = [
+        str(checkpoint),
+        f"--device={options.device}",
+        *(["--compiled"] if options.device == "cuda" else []),
+    ]
     with Side("etude", Path(sys.executable), "benchmarks.etude_gpu_update", *arguments) as ours:
         product = ours.ask({"kind": "multiply", "size": 256 if options.quick else 8192, "times": 20})
         ours.ask({**work, "seed": 0})

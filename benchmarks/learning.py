@@ -19,7 +19,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,9 +138,15 @@ class Options:
 
 @dataclass
 class Lanes:
-    """Two cores, each with one side at a time."""
+    """Two cores, each with one side at a time.
+
+    Attributes:
+        cores: which ones.
+        ask: puts a request to a side: (its name, the request) → its answer.
+    """
 
     cores: Sequence[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0))[:2])
+    ask: Callable[[str, Json], Json] = field(default_factory=lambda: ask)
 
     def both(self, swap: bool, requests: Mapping[str, Json]) -> dict[str, Json]:
         """Every side's answer to its request, side by side where there are two cores."""
@@ -148,7 +154,7 @@ class Lanes:
         placed = zip(requests.items(), reversed(cores) if swap else cores, strict=True)
         with ThreadPoolExecutor(len(set(cores))) as pool:
             futures = {
-                name: pool.submit(ask, request.pop("side", name), {**request, "core": core})
+                name: pool.submit(self.ask, request.pop("side", name), {**request, "core": core})
                 for (name, request), core in placed
             }
             return {name: future.result() for name, future in futures.items()}
@@ -220,7 +226,7 @@ def make_starts(task: str, seeds: int, lanes: Lanes) -> None:
         requests = {str(seed): start_request(task, seed) for seed in now}
         if len(requests) == 1:
             (request,) = requests.values()
-            ask(request.pop("side"), {**request, "core": lanes.cores[0]})
+            lanes.ask(request.pop("side"), {**request, "core": lanes.cores[0]})
         else:
             lanes.both(False, requests)
         for seed in now:

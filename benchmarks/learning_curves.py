@@ -14,7 +14,13 @@ from benchmarks.common import Json
 
 WIDTH, HEIGHT, MARGIN = 300, 200, 46  # of a panel's plot, and the room around it
 COLOURS = ("#2563eb", "#d97706")  # ours, the peer's
-NAMES = {"etude": "Étude", "trl074": "TRL 0.7.4", "trl1": "TRL 1.16"}
+NAMES = {
+    "etude": "Étude",
+    "trl074": "TRL 0.7.4",
+    "trl1": "TRL 1.16",
+    "ppo": "SFT, then PPO",
+    "sft": "SFT only",
+}
 GREY = "#7f7f7f"
 
 Points = Sequence[tuple[float, float]]

@@ -78,7 +78,13 @@ def engines(options: Options, *, peer: Callable[[Path], Side], tuned: bool) -> J
 
 
 def make_request(
-    shape: workload.Shape, seed: int, vocabulary: int = VOCABULARY, *, slots: int = SLOTS, tool_ms: float = 0, **options: Any
+    shape: workload.Shape,
+    seed: int,
+    vocabulary: int = VOCABULARY,
+    *,
+    slots: int = SLOTS,
+    tool_ms: float = 0,
+    **options: Any,
 ) -> Json:
     path = workload.write(WORKLOADS / f"workload-{seed}.json", shape, vocabulary, seed)
     return {"kind": "play", "workload": str(path), "slots": slots, "tool_ms": tool_ms, "options": options}

@@ -28,6 +28,7 @@ FLOORS = {
     "tools": 3,
     "rewards": 3,
     "environments": 4,
+    "evaluation": 5,
     "trainers": 5,
     "app": 6,
 }

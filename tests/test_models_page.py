@@ -14,8 +14,8 @@ from decoder_families import FAMILIES, PADS_RIGHT, WIDE, make_family
 from peft import LoraConfig, PromptTuningConfig
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.forward import PolicyForward
-from etude.models.loading import add_adapter, lora_config
 from etude.models.packing import supports_packing
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.sampling.local import LocalSampler

@@ -4,7 +4,23 @@ import json
 
 import pytest
 
-from etude.types import STOP_POLICIES, Episode, NamedReward, SamplingParams, Segment, StopReason, ToolCall
+from etude.types import (
+    STOP_POLICIES,
+    Episode,
+    NamedReward,
+    Preference,
+    Rating,
+    SamplingParams,
+    Segment,
+    StopReason,
+    ToolCall,
+)
+
+
+def test_preferences_and_ratings_hold_episodes():
+    pair = Preference(example(), Episode())
+    assert (len(pair.chosen), pair.margin) == (10, None)
+    assert Rating(example(), desirable=False).episode.turns == 2
 
 
 def example() -> Episode:

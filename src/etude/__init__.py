@@ -14,44 +14,72 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "average_models": "etude.models.averaging",
+    "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
+    "CharacterNoise": "etude.data.noise",
     "ClassifierReward": "etude.rewards.classifier",
+    "CPOConfig": "etude.trainers.preference_config",
+    "CPOTrainer": "etude.trainers.cpo",
     "create_reference_model": "etude.models.reference",
+    "Distraction": "etude.data.noise",
+    "DPOConfig": "etude.trainers.dpo_config",
+    "DPOTrainer": "etude.trainers.dpo",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
+    "evaluate": "etude.evaluation.evaluate",
+    "Evaluation": "etude.evaluation.evaluate",
     "Experience": "etude.trainers.experience",
     "FunctionReward": "etude.rewards.function",
     "GroupConfig": "etude.trainers.group_config",
     "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "Injection": "etude.data.noise",
     "IterativeSFTConfig": "etude.trainers.group_config",
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
+    "KTOConfig": "etude.trainers.kto_config",
+    "KTOTrainer": "etude.trainers.kto",
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
+    "merge_adapters": "etude.models.merging",
     "Minibatch": "etude.trainers.experience",
+    "ModelReward": "etude.rewards.model",
+    "ORPOConfig": "etude.trainers.preference_config",
+    "ORPOTrainer": "etude.trainers.orpo",
     "OverlongPenalty": "etude.rewards.overlong",
+    "Paraphrase": "etude.data.noise",
     "PPOConfig": "etude.trainers.ppo_config",
     "PPOTrainer": "etude.trainers.ppo",
+    "PRMConfig": "etude.trainers.reward_config",
+    "PRMTrainer": "etude.trainers.prm",
+    "ProcessReward": "etude.rewards.process",
     "ReinforceConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusConfig": "etude.trainers.group_config",
     "ReinforcePlusPlusTrainer": "etude.trainers.reinforce_plus_plus",
     "ReinforceTrainer": "etude.trainers.reinforce",
     "reward": "etude.rewards.function",
+    "RewardConfig": "etude.trainers.reward_config",
+    "RewardTrainer": "etude.trainers.reward",
     "RLOOConfig": "etude.trainers.group_config",
     "RLOOTrainer": "etude.trainers.rloo",
     "RunDirectory": "etude.runtime.run",
+    "sample_dataset": "etude.environments.rejection",
     "SamplingParams": "etude.types",
     "Scores": "etude.trainers.group",
     "Segment": "etude.types",
+    "Selection": "etude.data.selection",
     "set_seed": "transformers.trainer_utils",
     "SFTConfig": "etude.trainers.sft_config",
     "SFTTrainer": "etude.trainers.sft",
+    "SimPOConfig": "etude.trainers.preference_config",
+    "SimPOTrainer": "etude.trainers.simpo",
     "StopReason": "etude.types",
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
     "ToolErrorPenalty": "etude.rewards.tool_errors",
     "ValueModel": "etude.models.value_model",
+    "WordDrop": "etude.data.noise",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -59,9 +87,21 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from transformers.trainer_utils import set_seed as set_seed
 
+    from etude.data.noise import CharacterNoise as CharacterNoise
+    from etude.data.noise import Distraction as Distraction
+    from etude.data.noise import Injection as Injection
+    from etude.data.noise import Paraphrase as Paraphrase
+    from etude.data.noise import WordDrop as WordDrop
+    from etude.data.selection import Selection as Selection
+    from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.history import TextHistory as TextHistory
+    from etude.environments.rejection import sample_dataset as sample_dataset
     from etude.environments.text import TextEnvironment as TextEnvironment
     from etude.errors import EtudeError as EtudeError
+    from etude.evaluation.evaluate import Evaluation as Evaluation
+    from etude.evaluation.evaluate import evaluate as evaluate
+    from etude.models.averaging import average_models as average_models
+    from etude.models.merging import merge_adapters as merge_adapters
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
     from etude.models.value_model import ValueModel as ValueModel
@@ -69,12 +109,17 @@ if TYPE_CHECKING:
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
     from etude.rewards.function import reward as reward
+    from etude.rewards.model import ModelReward as ModelReward
     from etude.rewards.overlong import OverlongPenalty as OverlongPenalty
+    from etude.rewards.process import ProcessReward as ProcessReward
     from etude.rewards.tool_errors import ToolErrorPenalty as ToolErrorPenalty
     from etude.runtime.run import RunDirectory as RunDirectory
     from etude.sampling.best_of_n import BestOfNSampler as BestOfNSampler
     from etude.sampling.lengths import LengthSampler as LengthSampler
     from etude.sampling.local import LocalSampler as LocalSampler
+    from etude.trainers.cpo import CPOTrainer as CPOTrainer
+    from etude.trainers.dpo import DPOTrainer as DPOTrainer
+    from etude.trainers.dpo_config import DPOConfig as DPOConfig
     from etude.trainers.experience import Experience as Experience
     from etude.trainers.experience import Minibatch as Minibatch
     from etude.trainers.group import GroupTrainer as GroupTrainer
@@ -87,13 +132,24 @@ if TYPE_CHECKING:
     from etude.trainers.group_config import RLOOConfig as RLOOConfig
     from etude.trainers.grpo import GRPOTrainer as GRPOTrainer
     from etude.trainers.iterative_sft import IterativeSFTTrainer as IterativeSFTTrainer
+    from etude.trainers.kto import KTOTrainer as KTOTrainer
+    from etude.trainers.kto_config import KTOConfig as KTOConfig
+    from etude.trainers.orpo import ORPOTrainer as ORPOTrainer
     from etude.trainers.ppo import PPOTrainer as PPOTrainer
     from etude.trainers.ppo_config import PPOConfig as PPOConfig
+    from etude.trainers.preference_config import CPOConfig as CPOConfig
+    from etude.trainers.preference_config import ORPOConfig as ORPOConfig
+    from etude.trainers.preference_config import SimPOConfig as SimPOConfig
+    from etude.trainers.prm import PRMTrainer as PRMTrainer
     from etude.trainers.reinforce import ReinforceTrainer as ReinforceTrainer
     from etude.trainers.reinforce_plus_plus import ReinforcePlusPlusTrainer as ReinforcePlusPlusTrainer
+    from etude.trainers.reward import RewardTrainer as RewardTrainer
+    from etude.trainers.reward_config import PRMConfig as PRMConfig
+    from etude.trainers.reward_config import RewardConfig as RewardConfig
     from etude.trainers.rloo import RLOOTrainer as RLOOTrainer
     from etude.trainers.sft import SFTTrainer as SFTTrainer
     from etude.trainers.sft_config import SFTConfig as SFTConfig
+    from etude.trainers.simpo import SimPOTrainer as SimPOTrainer
     from etude.types import Episode as Episode
     from etude.types import SamplingParams as SamplingParams
     from etude.types import Segment as Segment

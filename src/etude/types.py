@@ -308,6 +308,33 @@ class Episode:
         )
 
 
+@dataclass(slots=True)
+class Preference:
+    """Two answers to one prompt, one of them preferred. What is compared are the tokens that are targets.
+
+    Attributes:
+        chosen, rejected: they begin with the same prompt, token for token.
+        margin: by how much the chosen one is better, where that is known.
+    """
+
+    chosen: Episode
+    rejected: Episode
+    margin: float | None = None
+
+
+@dataclass(slots=True)
+class Rating:
+    """An answer that is wanted or isn't, without another to compare it with.
+
+    Attributes:
+        episode: its targets are the answer.
+        desirable: it is wanted.
+    """
+
+    episode: Episode
+    desirable: bool
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample one turn.

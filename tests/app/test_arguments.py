@@ -19,11 +19,26 @@ from etude.errors import ConfigError, DataError
         ({"lora_target_modules": "q_proj"}, "lora_target_modules does nothing without use_peft"),
         ({"use_peft": True, "lora_r": 0}, "lora_r is 0; expected at least 1"),
         ({"use_peft": True, "lora_dropout": 1.0}, "expected 0 <= lora_dropout < 1"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "two ways to keep weights; give one of them"),
     ],
 )
 def test_adapters_that_make_no_sense(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelArguments("m", **given)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_weights_of_few_bits(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("etude.app.arguments.find_spec", lambda name: name if installed else None)
+    if not installed:
+        with pytest.raises(ConfigError, match=r"load_in_4bit needs bitsandbytes.*etude\[quantization\]"):
+            ModelArguments("m", load_in_4bit=True, use_peft=True)
+        return
+    with pytest.raises(ConfigError, match="with load_in_8bit set use_peft, too"):
+        ModelArguments("m", load_in_8bit=True)
+    config = ModelArguments("m", load_in_4bit=True, use_peft=True).loading["quantization_config"]
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, "nf4")
+    assert "quantization_config" not in ModelArguments("m").loading
 
 
 def test_an_adapter_is_made_as_asked() -> None:

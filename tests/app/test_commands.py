@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from etude.app.cli import main
-from etude.models.loading import current_peft, load_tokenizer
+from etude.models.adapters import current_peft
+from etude.models.loading import load_tokenizer
 from etude.runtime.run import RunDirectory
 
 REWARDS = """
@@ -230,7 +231,7 @@ def test_sft_learns_its_demonstrations(
     demonstrations: Path, model_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sft(model_directory, "--logging_steps=1", "--save_strategy=steps", "--save_steps=3") == 0
-    assert capsys.readouterr().out.endswith("model: runs/sft\n")
+    assert "model: runs/sft\nreport: " in capsys.readouterr().out
     state = json.loads((demonstrations / "runs/sft/checkpoint-6/trainer_state.json").read_text())
     losses = [row["loss"] for row in state["log_history"] if "loss" in row]
     assert losses[-1] < losses[0]

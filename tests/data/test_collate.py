@@ -1,46 +1,42 @@
-import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etude.data.collate import IGNORED, collate_supervised, supervised_labels
+from etude.data.collate import IGNORED, pack, supervised_labels
 from etude.types import Episode, Segment
+
+TOKENS = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 
 
 def made_of(*parts: tuple[list[int], bool]) -> Episode:
-    return Episode(segments=[Segment("model", "", ids, target=target) for ids, target in parts])
+    return Episode(task={}, segments=[Segment("prompt", "", ids, target=target) for ids, target in parts])
 
 
-def test_padding_by_hand():
-    batch = collate_supervised([made_of(([5, 6], False), ([7], True)), made_of(([8], True))], pad_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, 7], [8, -100, -100]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+def test_labels_are_the_targets():
+    assert supervised_labels(made_of(([5, 6], False), ([7], True))) == [IGNORED, IGNORED, 7]
 
 
-def test_lengths_are_rounded_up():
-    assert collate_supervised([made_of(([1] * 9, True))], 0, pad_to_multiple_of=8)["labels"].shape == (1, 16)
-    assert collate_supervised([made_of(([1] * 8, True))], 0, pad_to_multiple_of=8)["labels"].shape == (1, 8)
+def test_rows_by_hand():
+    batch = pack([[5, 6, 7], [8, 9]], [[IGNORED, 6, 7], [8, 9]])
+    assert batch["input_ids"].tolist() == [5, 6, 7, 8, 9]
+    assert batch["lengths"] == [3, 2]
+    assert batch["states"].tolist() == [0, 1, 3]  # the first token of a row has nothing before it
+    assert batch["targets"].tolist() == [6, 7, 9]
+    assert batch["counts"] == [2, 1]
 
 
-def test_truncation_is_said():
-    long, short = made_of(([1, 2], False), ([3, 4], True)), made_of(([5], True))
-    with pytest.warns(UserWarning, match="longer than max_length=3 lose their end"):
-        batch = collate_supervised([long, short], 0, max_length=3)
-    assert batch["labels"].tolist() == [[-100, -100, 3], [5, -100, -100]]
-    assert collate_supervised([long], 0, max_length=4)["input_ids"].tolist() == [[1, 2, 3, 4]]
+def test_what_a_decoder_behind_an_encoder_says():
+    batch = pack([[5, 6], [7]], [[5, 6], [7]], sources=[[1], [2, 3]])
+    assert batch["states"].tolist() == [0, 1, 2]
+    assert batch["targets"].tolist() == [5, 6, 7]
+    assert (batch["source_ids"].tolist(), batch["source_lengths"]) == ([1, 2, 3], [1, 2])
 
 
-runs = st.lists(st.tuples(st.lists(st.integers(0, 50), max_size=5), st.booleans()), min_size=1, max_size=4)
-
-
-@given(st.lists(runs, min_size=1, max_size=5), st.none() | st.integers(1, 8))
-def test_nothing_is_lost_and_padding_is_never_a_target(parts, multiple):
-    episodes = [made_of(*part) for part in parts]
-    batch = collate_supervised(episodes, 0, pad_to_multiple_of=multiple)
-    for row, episode in enumerate(episodes):
-        kept = batch["attention_mask"][row].bool()
-        assert batch["input_ids"][row][kept].tolist() == episode.token_ids
-        assert batch["labels"][row][kept].tolist() == supervised_labels(episode)
-        assert (batch["labels"][row][~kept] == IGNORED).all()
+@given(TOKENS, TOKENS, TOKENS)
+def test_a_shared_beginning_lies_there_once(prompt, one, other):
+    prompt = prompt * 20  # long enough to be worth it
+    rows = [[*prompt, *one], [*prompt, *other]]
+    labels = [[IGNORED] * len(prompt) + row[len(prompt) :] for row in rows]
+    apart, shared = pack(rows, labels), pack(rows, labels, share=True)
+    assert shared["targets"].tolist() == apart["targets"].tolist() == [*one, *other]
+    assert shared["counts"] == apart["counts"] == [len(one), len(other)]
+    assert len(shared["input_ids"]) <= len(apart["input_ids"]) - len(prompt)

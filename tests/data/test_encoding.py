@@ -1,14 +1,16 @@
 import logging
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from etude.data.encoding import (
     bos_ids,
     control_tokens,
+    encode_after,
     encode_control,
     encode_plain,
     encode_prompt,
@@ -224,6 +226,45 @@ def test_continuations_get_no_leading_space():
     )
     assert gpt.decode(gpt.encode("is")) == " is"
     assert gpt.decode(encode_control(gpt, "is")) == gpt.decode(encode_plain(gpt, "is").ids) == "is"
+
+
+def with_special_tokens(tokenizer: LlamaTokenizer) -> LlamaTokenizer:
+    special = [AddedToken("<end>", rstrip=True, normalized=False), AddedToken("<in>", normalized=False)]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    return tokenizer
+
+
+def legacy_llama() -> LlamaTokenizer:
+    """Of Llama 2's kind: a space at the beginning, and one after every added token."""
+    tokenizer = llama_like()
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return with_special_tokens(tokenizer)
+
+
+MODERN, LEGACY = with_special_tokens(llama_like()), legacy_llama()
+
+
+@pytest.mark.parametrize("tokenizer", [MODERN, LEGACY], ids=["modern", "legacy"])
+@given(st.lists(st.sampled_from(["a", "b", " ", "\n", "<in>", "<end>", "ab"]), min_size=2), st.data())
+def test_parts_encoded_after_what_precedes_them_are_the_whole(tokenizer, pieces, data):
+    """Cut next to a special token, where no token reaches across."""
+    text = "".join(pieces)
+    seam = data.draw(st.sampled_from([0, *(m.end() for m in re.finditer("<in>|<end>[ \n]*", text))]))
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    start = tokenizer(text[:seam], add_special_tokens=False)["input_ids"]
+    assert start + (encode_after(tokenizer, text[:seam], text[seam:]) if seam else whole) == whole
+
+
+def test_a_part_after_ordinary_text_continues_it():
+    def tokens(text):
+        return LEGACY.convert_ids_to_tokens(encode_after(LEGACY, "a", text))
+
+    assert tokens("ab<in>ab") == ["ab", "<in>", "▁a", "b"]
+    assert len(tokens("ab<call>ab")) == 3, "a space would hide an added token that is normalized"
+    assert tokens("") == []
 
 
 def test_prompts_start_as_the_tokenizers_own_call_does_and_end_open():

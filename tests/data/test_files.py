@@ -59,6 +59,86 @@ def test_no_column_is_lost_and_mixed_arguments_keep_their_keys():
     assert rows == [{"a": 1}, {"a": 2, "b": "x"}], "what was passed is left as it was"
 
 
+def conversations(*, same_types):
+    """Rows whose messages, tool calls and tools have different keys."""
+
+    def call(name, **arguments):
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+    def tool(**properties):
+        return {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+
+    ask = {"role": "user", "content": "?"}
+    return [
+        {
+            "messages": [
+                ask,
+                {"role": "assistant", "content": None, "tool_calls": [call("f", a=1)]},
+                {"role": "tool", "content": "3", "name": "f"},
+            ],
+            "tools": [tool(a={"type": "integer"})],
+            "id": 1,
+        },
+        {
+            "messages": [
+                ask,
+                {"role": "assistant", "content": "x", "tool_calls": [call("g", b=2 if same_types else "2")]},
+            ],
+            "tools": [tool(b={"type": "string", "enum": ["2"]})],
+            "id": 2,
+        },
+    ]
+
+
+def without_none(value):
+    """Keys without a value gone, but for a message's content."""
+    if isinstance(value, dict):
+        return {k: without_none(v) for k, v in value.items() if v is not None or k == "content"}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("same_types", [True, False])
+@pytest.mark.parametrize("kind", ["list", "jsonl", "json", "parquet", "saved", "again"])
+def test_conversations_survive_every_format(folder, kind, same_types):
+    rows = conversations(same_types=same_types)
+    rows[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]["n"] = None  # it says null
+    dataset = load_rows(rows)
+    match kind:
+        case "jsonl" | "json":
+            write(folder / f"rows.{kind}", rows)
+        case "parquet":
+            dataset.to_parquet(folder / "rows.parquet")
+        case "saved":
+            dataset.save_to_disk(folder / "rows.saved")
+        case "again":
+            dataset.to_json(folder / "rows.again.jsonl")
+    loaded = list(load_rows(next(folder.glob("rows.*"), rows)))
+    assert loaded == rows
+
+
+@pytest.mark.parametrize("same_types", [True, False])
+def test_what_tables_fill_up_is_taken_out(folder, same_types):
+    """A table of structs, as others write it: each call has every argument that any call has."""
+    rows = conversations(same_types=same_types)
+    table = Dataset.from_list(rows)
+    assert table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": None}
+    table.to_parquet(folder / "rows.parquet")
+    for source in (table, folder / "rows.parquet"):
+        loaded = load_rows(source)
+        assert [without_none(row) for row in loaded] == rows
+        assert [row["messages"][1]["tool_calls"] for row in loaded] == [
+            row["messages"][1]["tool_calls"] for row in rows
+        ]
+        assert list(loaded["tools"]) == [row["tools"] for row in rows]
+
+
+def test_other_columns_stay_as_they_are():
+    """Structs elsewhere, and messages that have nothing to fill up: nothing is converted."""
+    rows = [{"messages": [{"role": "user", "content": "a"}], "info": [{"a": {"b": None, "c": 1}}]}]
+    table = Dataset.from_list(rows)
+    assert load_rows(table) is table
+
+
 def test_splits(folder):
     both = DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])})
     assert len(load_rows(both)) == 2

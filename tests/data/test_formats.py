@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from etude.data.formats import detect_format, to_episode
-from etude.errors import DataError
+from etude.data.formats import COLUMNS, detect_format, to_episode, to_episodes, to_prompt
+from etude.errors import DataError, TemplateError
 from etude.types import Episode, Segment
 
 CHATML = (
@@ -49,9 +49,31 @@ def test_formats_are_told_by_their_columns(columns, expected):
     assert detect_format(columns) == expected
 
 
+@pytest.mark.parametrize(
+    ("columns", "accepted", "expected"),
+    [
+        (["prompt", "completion", "label"], ["prompt", "prompt-completion"], "prompt-completion"),
+        (["prompt", "completion", "label"], COLUMNS, "unpaired-preference"),
+        (["prompt", "chosen", "rejected"], ["prompt"], "prompt"),
+        (["chosen", "rejected", "margin"], COLUMNS, "preference"),
+        (["prompt", "chosen", "rejected"], COLUMNS, "preference"),
+        (["prompt", "completions", "labels"], COLUMNS, "stepwise"),
+    ],
+)
+def test_a_trainer_says_what_it_accepts(columns, accepted, expected):
+    assert detect_format(columns, tuple(accepted)) == expected
+
+
 def test_columns_that_fit_nothing_or_too_much():
     with pytest.raises(DataError, match=r"'instruction', 'output'; .*: segments; messages; prompt \+"):
         detect_format(["instruction", "output"])
+    with pytest.raises(
+        DataError,
+        match=r"'prompt', 'chosen' \(prompt\); expected .*: \[prompt \+\] chosen \+ rejected; prompt \+",
+    ):
+        detect_format(["prompt", "chosen"], ["preference", "stepwise"])
+    with pytest.raises(DataError, match=r"the columns are none; expected"):
+        detect_format([])
     with pytest.raises(DataError, match=r"\('text', 'messages'\) fit 2 formats: messages, text"):
         detect_format(["text", "messages"])
 
@@ -107,7 +129,44 @@ def test_tools_are_rendered_from_a_list_or_json():
     tools = [{"name": "calculator"}]
     for value in (tools, json.dumps(tools)):
         assert to_episode({"messages": MESSAGES, "tools": value}, TOKENIZER).prompt.startswith("calculator\n")
-    assert to_episode({"messages": MESSAGES, "tools": None}, TOKENIZER).prompt.startswith("<|im_start|>user")
+    for nothing in (None, [], "", "[]", "null"):
+        episode = to_episode({"messages": MESSAGES, "tools": nothing}, TOKENIZER)
+        assert episode.prompt.startswith("<|im_start|>user")
+
+
+def test_options_of_the_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ style }}" + CHATML
+    for value in ({"style": "terse", "other": None}, '{"style": "terse"}'):
+        row = {"messages": MESSAGES, "chat_template_kwargs": value}
+        assert to_episode(row, tokenizer).prompt.startswith("terse<|im_start|>")
+        assert to_prompt({**row, "prompt": MESSAGES[:1]}, tokenizer).text.startswith("terse<|im_start|>")
+
+
+def test_prompts():
+    assert to_prompt({"prompt": "2+2="}, WITH_BOS) == Segment("prompt", "2+2=", WITH_BOS("2+2=")["input_ids"])
+    for messages, end in (
+        (MESSAGES[:1], "<|im_start|>assistant\n"),
+        (MESSAGES[:2], "<|im_start|>assistant\n4"),
+    ):
+        asked = to_prompt({"prompt": messages}, TOKENIZER)
+        assert asked.text.endswith(end)
+        assert TOKENIZER.decode(asked.token_ids) == asked.text
+    with pytest.raises(DataError, match="prompt is a int; expected a string or a list of messages"):
+        to_prompt({"prompt": 3}, TOKENIZER)
+
+
+def test_a_conversation_may_take_several_texts():
+    """A template that shows what was last said only."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML.replace("in messages %}<", "in messages[-2:] %}<")
+    episodes = to_episodes({"messages": MESSAGES, "id": 3}, tokenizer)
+    assert [targets(episode) for episode in episodes] == ["4<|im_end|>", "Yes<|im_end|>"]
+    assert [episode.task["id"] for episode in episodes] == [3, 3]
+    with pytest.raises(TemplateError, match=r"rewrites earlier turns .* fit in 2 texts and not in one"):
+        to_episode({"messages": MESSAGES}, tokenizer)
+    [whole] = to_episodes({"messages": MESSAGES}, tokenizer, assistant_only_loss=False)
+    assert targets(whole) == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +241,13 @@ def test_the_tokens_of_another_tokenizer_are_refused(ids):
         ({"prompt": "a", "completion": MESSAGES}, {}, "expected two strings or two lists of messages"),
         ({"segments": [{"source": "modle", "text": "a"}]}, {}, "segment 0 is .*'source' among prompt, model"),
         ({"segments": ["a"]}, {}, "segment 0 is a;"),
+        ({"messages": MESSAGES, "tools": "no JSON"}, {}, r"tools is not JSON \(.*\): 'no JSON'"),
+        ({"messages": MESSAGES, "tools": {"a": 1}}, {}, "tools is a dict; expected a list, or its JSON"),
+        (
+            {"messages": MESSAGES, "chat_template_kwargs": [1]},
+            {},
+            "chat_template_kwargs is a list; expected a dict",
+        ),
     ],
 )
 def test_rows_that_are_wrong(row, options, match):

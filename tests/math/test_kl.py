@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import ConfigError, DataError
-from etude.math.kl import AdaptiveKLController, FixedKLController, kl_estimate, kl_full
+from etude.math.kl import AdaptiveKLController, FixedKLController, best_of_n_kl, kl_estimate, kl_full
 
 VOCABULARY = 5
 LOGITS = st.lists(st.floats(-8, 8), min_size=VOCABULARY, max_size=VOCABULARY)
@@ -192,3 +192,28 @@ def test_adaptive_controller_errors():
     with pytest.raises(ConfigError, match="horizon is 100 for batches of 500"):
         controller.update(0.0, n_samples=500)
     assert controller.value == 0.2
+
+
+def test_best_of_n_by_hand():
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(2) == pytest.approx(0.6931472 - 1 / 2)
+    assert best_of_n_kl(4) == pytest.approx(1.3862944 - 3 / 4)
+    with pytest.raises(ConfigError, match="n is 0"):
+        best_of_n_kl(0)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=6), st.integers(1, 8))
+def test_best_of_n_bounds_the_exact_kl(weights, n):
+    """Answers in order of their score: the best of n is answer i or worse with probability F(i)^n."""
+    p = f64(weights) / math.fsum(weights)
+    below = p.cumsum(0)
+    best = below**n - (below - p) ** n
+    exact = (best * (best / p).log()).nan_to_num(0.0).sum().item()
+    assert exact <= best_of_n_kl(n) + 1e-9
+
+
+def test_best_of_n_is_reached_where_answers_are_rare():
+    p = torch.full((100_000,), 1e-5, dtype=torch.float64)
+    below = p.cumsum(0)
+    best = below**4 - (below - p) ** 4
+    assert (best * (best / p).log()).sum().item() == pytest.approx(best_of_n_kl(4), abs=1e-3)

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
 
 from etude.errors import ModelError
-from etude.models.loading import lora_config
+from etude.models.adapters import lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 
 LENGTHS = (5, 14, 3, 9)

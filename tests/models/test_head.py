@@ -11,9 +11,10 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.data.batch import PackedBatch, Trajectory
+from etude.models.adapters import add_adapter
 from etude.models.forward import PolicyForward
-from etude.models.head import ChunkedHead, Finish, _LinearHead, chunk_rows
-from etude.models.loading import add_adapter
+from etude.models.head import ChunkedHead, chunk_rows
+from etude.models.linear_head import Finish, LinearHead, LinearTotal
 from etude.models.update_mode import update_mode
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 
@@ -148,7 +149,7 @@ def test_gradients_of_entropies_by_finite_differences(finish, bias):
     targets = torch.tensor([0, 6, 3, 3, 1])
 
     def scores(*inputs):
-        return _LinearHead.apply(*inputs, targets, finish, 0.7, True, 2)
+        return LinearHead.apply(*inputs, targets, finish, 2, 0.7, True)[:2]
 
     assert torch.autograd.gradcheck(scores, inputs)
 
@@ -304,3 +305,40 @@ def test_no_states_at_all():
     output = forward(batch.input_ids, batch.lengths, batch.states, batch.targets, batch.last_states)
     assert output.logprobs.shape == output.entropies.shape == (0,)
     output.logprobs.sum().backward()
+
+
+@pytest.mark.parametrize("finish", [Finish(), Finish(0.5), Finish(softcap=2.0), Finish(2.0, 3.0)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("weigh", [torch.ones_like, torch.exp], ids=["ones", "probabilities"])
+def test_a_total_is_the_sum_of_the_scores(finish, bias, weigh):
+    """Value and gradients of autograd's own sum, the weights held fixed; scaled by what comes after."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(5, 4, dtype=F64), torch.randn(7, 4, dtype=F64)]
+    inputs += [torch.randn(7, dtype=F64) if bias else None]
+    given = inputs[: 2 + bias]
+    for tensor in given:
+        tensor.requires_grad_()
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    logprobs, entropies, hits = LinearHead.apply(*inputs, targets, finish, 2, 1.0, False)
+    expected = (weigh(logprobs.detach()) * logprobs).sum()
+    total, *scores = LinearTotal.apply(*inputs, targets, finish, 2, weigh, True)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scores, [logprobs.detach(), entropies, hits], rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad(3 * expected, given)
+    torch.testing.assert_close(torch.autograd.grad(3 * total, given), wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_a_total_without_gradients():
+    states, weight = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    with torch.no_grad():
+        total, *_ = LinearTotal.apply(
+            states,
+            weight,
+            None,
+            torch.tensor([1, 2, 3]),
+            Finish(),
+            2,
+            torch.ones_like,
+            torch.is_grad_enabled(),
+        )
+    assert not total.requires_grad

@@ -29,16 +29,10 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.loading import (
-    add_adapter,
-    best_device,
-    load_causal_lm,
-    load_tokenizer,
-    lora_config,
-    trunk_of,
-    unwrapped,
-)
+from etude.models.adapters import add_adapter, lora_config
+from etude.models.loading import best_device, load_causal_lm, load_tokenizer
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.wrappers import trunk_of, unwrapped
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.loading import add_adapter, lora_config, trunk_of
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.wrappers import trunk_of
 
 LAYERS, TOKENS = 3, torch.tensor([[3, 9, 27, 4, 8], [5, 25, 1, 7, 2]])
 _SIZES = {"vocab_size": 31, "tie_word_embeddings": False}

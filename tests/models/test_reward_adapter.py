@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from etude.errors import ModelError
-from etude.models.loading import add_adapter, current_peft, load_causal_lm, lora_config
+from etude.models.adapters import add_adapter, current_peft, lora_config
+from etude.models.loading import load_causal_lm
 from etude.models.reference import reference_by_disabled_adapters
 from etude.models.reward_adapter import RewardAdapter, policy_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.loading import add_adapter, lora_config
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead, ValueHead
 
 ValueModel = AutoModelForCausalLMWithValueHead

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.loading import add_adapter, current_peft, load_causal_lm, lora_config
+from etude.models.adapters import add_adapter, current_peft, lora_config
+from etude.models.loading import load_causal_lm
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.models.value_model import ValueModel
 

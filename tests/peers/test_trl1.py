@@ -15,14 +15,12 @@ where they have changed. Where we differ from TRL, and on purpose, the inputs le
 
 import json
 import math
-import os
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.peers import install
+from peer_numbers import made_again, require_same
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -195,25 +193,4 @@ def test_importance_weights(mode):
 
 @pytest.mark.peers
 def test_the_numbers_are_those_of_trl(tmp_path):
-    assert install.is_installed("trl1"), "make test-peers installs TRL 1.16, which makes these numbers"
-    script = VALUES.with_name("trl1_losses.py")
-    environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [install.python("trl1"), script, tmp_path / "values.json"], check=True, env=environment, timeout=240
-    )
-    require_same(json.loads((tmp_path / "values.json").read_text()), PEER, "values")
-
-
-def require_same(made, committed, place):
-    if isinstance(committed, dict):
-        assert made.keys() == committed.keys(), place
-        for name, value in committed.items():
-            require_same(made[name], value, f"{place}.{name}")
-    elif isinstance(committed, list):
-        assert len(made) == len(committed), place
-        for i, value in enumerate(committed):
-            require_same(made[i], value, f"{place}[{i}]")
-    elif isinstance(committed, float):
-        assert math.isclose(made, committed, rel_tol=1e-6, abs_tol=1e-6), f"{place}: {made}, was {committed}"
-    else:
-        assert made == committed, place
+    require_same(made_again(VALUES.with_name("trl1_losses.py"), tmp_path), PEER, "values")

@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification
 
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, ModelError, RewardError
-from etude.models.loading import current_peft, lora_config
+from etude.models.adapters import current_peft, lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.protocols import Reward
 from etude.rewards.adapter import AdapterReward

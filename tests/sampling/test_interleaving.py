@@ -272,7 +272,7 @@ async def play(sampler, model, weights, happening):
 
 
 def changed_backend(backend, way):
-    """The same cache, as it is read on a GPU: token by token, and each step launched before the last is known."""
+    """The same cache, as a GPU has it: token by token, each step launched before the last is known."""
     if way == "tokens":
         return TokenBackend(backend)
     backend.runs_ahead = way == "ahead"

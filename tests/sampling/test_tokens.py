@@ -1,4 +1,4 @@
-"""Steps of single tokens: each is told its slot and position, and prompts go through beside rows that decode."""
+"""Steps of single tokens: each is told its slot and position; prompts go beside rows that decode."""
 
 import pytest
 import torch

@@ -9,7 +9,8 @@ from decoder_families import FAMILIES, make_family
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, ModelError
-from etude.models.loading import add_adapter, load_causal_lm, lora_config
+from etude.models.adapters import add_adapter, lora_config
+from etude.models.loading import load_causal_lm
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.runtime.run import RunDirectory
 from etude.trainers.group_config import GRPOConfig

@@ -147,6 +147,32 @@ for name, (kind, settings) in kinds.items():
 trainer.accelerator.end_training()
 """
 
+SFT_STEP = """
+import sys, torch
+from transformers import AutoTokenizer
+from etude import SFTConfig, SFTTrainer
+from etude.models.loading import load_causal_lm
+
+directory, processes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+model = load_causal_lm(f"{directory}/model", dtype="float64")
+rows = [{"prompt": "ab"[:1 + i % 2], "completion": "cde" * (1 + i)} for i in range(8)]
+config = SFTConfig(output_dir=f"{directory}/run-{processes}", per_device_train_batch_size=2, max_steps=1,
+                   gradient_accumulation_steps=4 // processes, per_device_eval_batch_size=4 // processes,
+                   max_grad_norm=0.5, use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=rows, optimizers=(optimizer, None),
+                     processing_class=AutoTokenizer.from_pretrained(f"{directory}/model"))
+before = trainer.evaluate()["eval_loss"]
+trainer.train()
+logged = next(row for row in trainer.state.log_history if "loss" in row)
+if trainer.is_world_process_zero():
+    print(f"<{before:.6f} {logged['loss']:.4f} {logged['entropy']:.5f} {logged['mean_token_accuracy']:.5f}>")
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(f"{directory}/after-{processes}")
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
 
 def launch(processes, *arguments, cwd=ROOT):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -209,6 +235,24 @@ def test_two_processes_end_in_the_weights_of_one(model_directory, script, batch)
     )
     moved = max((one[name].double() - before[name].double()).abs().max().item() for name in one)
     assert moved > 1e-3
+    for name, parameter in one.items():
+        torch.testing.assert_close(parameter, two[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_two_processes_imitate_as_one_does(model_directory):
+    """Rows differ in their tokens; a token counts the same whoever has it, and so it does in the metrics."""
+    (model_directory / "step.py").write_text(SFT_STEP)
+    said = []
+    for processes in (1, 2):
+        done = launch(processes, str(model_directory / "step.py"), str(model_directory), str(processes))
+        assert done.returncode == 0, done.stderr[-3000:]
+        said += re.findall("<[^<]*?>", done.stdout)
+    assert len(said) == 2
+    assert said[0] == said[1]
+    one, two, before = (
+        load_file(model_directory / d / "model.safetensors") for d in ("after-1", "after-2", "model")
+    )
+    assert max((one[name].double() - before[name].double()).abs().max().item() for name in one) > 1e-3
     for name, parameter in one.items():
         torch.testing.assert_close(parameter, two[name], atol=1e-6, rtol=0, msg=name)
 

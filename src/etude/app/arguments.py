@@ -7,6 +7,7 @@ of each field is what it shows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ModelArguments:
-    """The model and its tokenizer."""
+class FixedModelArguments:
+    """A model that stays as it is, and its tokenizer."""
 
     model_name_or_path: str = field(metadata={"help": "directory or hub id of the model"})
     tokenizer_name: str | None = field(
@@ -37,6 +38,60 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention, as transformers names it: sdpa, eager, …"}
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "keep the weights in 4 bits (NF4, as in QLoRA), by bitsandbytes; dtype computes"},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "keep the weights in 8 bits, by bitsandbytes"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_4bit and load_in_8bit are two ways to keep weights; give one of them")
+        if self.quantized and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"{self.quantized} needs bitsandbytes, which isn't installed; install etude[quantization]"
+            )
+
+    @property
+    def quantized(self) -> str | None:
+        """The option that asks for fewer bits, if one does."""
+        return next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(self, name)), None)
+
+    @property
+    def tokenizer_place(self) -> dict[str, Any]:
+        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
+        return {
+            "name_or_path": self.tokenizer_name or self.model_name_or_path,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision if self.tokenizer_name is None else None,
+        }
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation,
+        }
+        if self.quantized:
+            from etude.models.adapters import quantization_config  # loads torch
+
+            options["quantization_config"] = quantization_config(bits=4 if self.load_in_4bit else 8)
+        return options
+
+    def peft_config(self) -> LoraConfig | None:
+        """The fresh adapter that is asked for, if one is."""
+        return None
+
+
+@dataclass
+class ModelArguments(FixedModelArguments):
+    """A model to train, and its tokenizer."""
+
     use_peft: bool = field(
         default=False, metadata={"help": "train a LoRA adapter and leave the model's own weights as they are"}
     )
@@ -53,6 +108,11 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantized and not self.use_peft:
+            raise ConfigError(
+                f"weights of few bits can't be trained themselves; with {self.quantized} set use_peft, too"
+            )
         for setting in fields(self):
             is_set = getattr(self, setting.name) != setting.default
             if setting.name.startswith("lora_") and is_set and not self.use_peft:
@@ -62,28 +122,9 @@ class ModelArguments:
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
 
-    @property
-    def tokenizer_place(self) -> dict[str, Any]:
-        """Keywords of `load_tokenizer`. The revision is the model's and says nothing about another place."""
-        return {
-            "name_or_path": self.tokenizer_name or self.model_name_or_path,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision if self.tokenizer_name is None else None,
-        }
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Keywords of `load_causal_lm` and of the value-head model, besides the name and the adapter."""
-        return {
-            "dtype": self.dtype,
-            "trust_remote_code": self.trust_remote_code,
-            "revision": self.model_revision,
-            "attn_implementation": self.attn_implementation,
-        }
-
     def peft_config(self) -> LoraConfig | None:
-        """The adapter that is asked for, if one is."""
-        from etude.models.loading import lora_config  # loads torch
+        """The fresh adapter that is asked for, if one is."""
+        from etude.models.adapters import lora_config  # loads torch
 
         if not self.use_peft:
             return None
@@ -179,6 +220,13 @@ class EnvironmentArguments:
             "the policy has an adapter then, too (use_peft)"
         },
     )
+    reward_model: str | list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "directories or hub ids of reward models and process reward models, whole or LoRA "
+            "adapters, that score episodes with weights of their own"
+        },
+    )
     prompt: str | None = field(default=None, metadata={"help": "text put before each task"})
     prompt_file: str | None = field(default=None, metadata={"help": "the same, read from a file"})
     max_turns: int = field(default=4, metadata={"help": "turns of the model per episode at most"})
@@ -197,10 +245,10 @@ class EnvironmentArguments:
     )
 
     def __post_init__(self) -> None:
-        if not self.reward and not self.reward_fn and not self.reward_adapter:
+        if not any((self.reward, self.reward_fn, self.reward_adapter, self.reward_model)):
             raise ConfigError(
                 "an episode needs a score; name code that gives one with reward or reward_fn, or a "
-                "reward_adapter"
+                "reward_model or reward_adapter"
             )
         if self.prompt is not None and self.prompt_file is not None:
             raise ConfigError("prompt and prompt_file are two ways to say the same; give one of them")
@@ -208,6 +256,10 @@ class EnvironmentArguments:
     @property
     def rewards(self) -> list[str]:
         return [self.reward] if isinstance(self.reward, str) else self.reward
+
+    @property
+    def reward_models(self) -> list[str]:
+        return [self.reward_model] if isinstance(self.reward_model, str) else self.reward_model
 
     def prompt_text(self) -> str | None:
         """The prompt itself, or what its file holds, to the character.

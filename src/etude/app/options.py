@@ -64,18 +64,37 @@ def _without_critic(by: str, config: str) -> Command:
     )
 
 
-COMMANDS = {
-    "sft": Command(
-        "Fine-tune a model on demonstrations.",
+def _on_data(summary: str, module: str, config: str) -> Command:
+    return Command(
+        summary,
         {
             "Model": "etude.app.arguments:ModelArguments",
             "Data": "etude.app.arguments:DataArguments",
             "Run": "etude.app.arguments:RunArguments",
-            "Training": "etude.trainers.sft_config:SFTConfig",
+            "Training": f"etude.trainers.{config}",
         },
-        module="sft",
+        module=module,
         required=("output_dir",),
+    )
+
+
+def _on_preferences(by: str, config: str) -> Command:
+    return _on_data(f"Train a model on preferences, by {by}.", "preference", config)
+
+
+COMMANDS = {
+    "sft": _on_data("Fine-tune a model on demonstrations.", "sft", "sft_config:SFTConfig"),
+    "reward": _on_data("Train a reward model on preferences.", "reward", "reward_config:RewardConfig"),
+    "prm": _on_data("Train a process reward model on answers in steps.", "reward", "reward_config:PRMConfig"),
+    "dpo": _on_preferences("direct preference optimisation or a variant", "dpo_config:DPOConfig"),
+    "kto": _on_data(
+        "Train a model on answers that are good or bad, by KTO.", "preference", "kto_config:KTOConfig"
     ),
+    "orpo": _on_preferences("odds ratios, without a reference", "preference_config:ORPOConfig"),
+    "simpo": _on_preferences(
+        "likelihoods per token and a margin, without a reference", "preference_config:SimPOConfig"
+    ),
+    "cpo": _on_preferences("contrast and imitation, without a reference", "preference_config:CPOConfig"),
     "ppo": Command(
         "Train a model on tasks that it plays, with tools, by proximal policy optimisation.",
         {
@@ -93,6 +112,30 @@ COMMANDS = {
     ),
     "reinforce_plus_plus": _without_critic("REINFORCE++", "ReinforcePlusPlusConfig"),
     "iterative_sft": _without_critic("imitating its best episodes", "IterativeSFTConfig"),
+    "sample": Command(
+        "Let a model play tasks several times each, and make a dataset of what is good.",
+        {
+            "Model": "etude.app.arguments:FixedModelArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Sampling": "etude.app.sample_arguments:SampleArguments",
+        },
+        module="sample",
+    ),
+    "merge": Command(
+        "Merge adapters into their base model, or average models.",
+        {"Merging": "etude.app.merge_arguments:MergeArguments"},
+        module="merge",
+    ),
+    "eval": Command(
+        "Measure a model on tasks, clean and under noise, perhaps beside another model.",
+        {
+            "Model": "etude.app.arguments:FixedModelArguments",
+            "Tasks": "etude.app.eval_arguments:EvalTaskArguments",
+            "Environment": "etude.app.arguments:EnvironmentArguments",
+            "Evaluation": "etude.app.eval_arguments:EvaluationArguments",
+        },
+        module="eval",
+    ),
 }
 
 # Settings of trainers' configurations that do nothing here: the commands load the model, and the rest is
@@ -180,10 +223,13 @@ def _options_of(cls: type, title: str) -> Iterator[Option]:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """What the `Attributes:` of a class's docstring say, by name."""
-    _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
-    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: text for names, text in entries for name in names.split(", ")}
+    """What the `Attributes:` of its docstring and of those it inherits from say, by name."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        _, _, section = inspect.cleandoc(each.__doc__ or "").partition("\nAttributes:\n")
+        entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+        found |= {name: text for names, text in entries for name in names.split(", ")}
+    return found
 
 
 def _written(hint: Any) -> str:

@@ -10,14 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from transformers import set_seed
-
 from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArguments, TaskArguments
-from etude.app.references import load_object
-from etude.environments.text import TextEnvironment
-from etude.models.loading import load_tokenizer
-from etude.models.reward_adapter import RewardAdapter
-from etude.rewards.adapter import AdapterReward
+from etude.app.environment import build_environment
 from etude.trainers.policy import PolicyTrainer
 
 
@@ -37,38 +31,11 @@ def train_by_playing(
         make_trainer: from the model, the environment and the three datasets, by keyword.
         seed: of what starts at random.
     """
-    # Code and data come before the model: mistakes in them show at once.
-    tools = [load_object(reference, "etude.tools") for reference in episodes.tools]
-    rewards = [load_object(reference, "etude.rewards") for reference in episodes.rewards]
-    reward_fn = load_object(episodes.reward_fn, "etude.rewards") if episodes.reward_fn else None
+    # Data come before the model: mistakes in them show at once.
     train, validation, held_out = (tasks.rows(part) for part in ("train", "eval", "test"))
-
-    set_seed(seed)  # a value head and an adapter start at random
-    tokenizer = load_tokenizer(**model_arguments.tokenizer_place)
-    model = load_model(
-        model_arguments.model_name_or_path,
-        peft_config=model_arguments.peft_config(),
-        **model_arguments.loading,
-    )
-    if episodes.reward_adapter is not None:
-        rewards.append(AdapterReward(RewardAdapter.load(model, episodes.reward_adapter)))
-    environment = TextEnvironment(
-        model,
-        tokenizer,
-        tools=tools,
-        rewards=rewards,
-        reward_fn=reward_fn,
-        prompt=episodes.prompt_text(),
-        max_turns=episodes.max_turns,
-        max_tool_reponse=episodes.max_tool_response,
-        max_tool_response_tokens=episodes.max_tool_response_tokens,
-        max_tool_calls=episodes.max_tool_calls,
-        max_length=episodes.max_length,
-        tool_timeout=episodes.tool_timeout,
-        generation_kwargs=episodes.generation,
-    )
+    environment = build_environment(load_model, model_arguments, episodes, seed)
     trainer = make_trainer(
-        model=model,
+        model=environment.model,
         environment=environment,
         train_dataset=train,
         eval_dataset=validation,

@@ -1,69 +1,67 @@
-"""Episodes → padded batches for supervised losses.
+"""Token ids and labels → batches for losses on data: end to end, without padding.
 
-Padding on the right, labels -100 where nothing is to be imitated: the form that `transformers` models take.
-
-Not covered: batches for policy-gradient losses, and packing (`batch`).
+A batch is a mapping of tensors and lists, which `transformers.Trainer` moves to its device. Not covered:
+batches of sampled episodes (`batch`), which rows share a step (`packing`), and padding, which the models'
+side does for families that can't be packed.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from etude.data.families import Layout
 from etude.types import Episode
 
-IGNORED = -100  # the label that cross entropy leaves out
+IGNORED = -100  # the label of what is not to be learned
 
 
 def supervised_labels(episode: Episode) -> list[int]:
-    """The episode's tokens where they are targets, else -100. The model's loss does the shift by one."""
+    """The episode's tokens where they are targets, else -100."""
     return [
         token if target else IGNORED for token, target in zip(episode.token_ids, episode.target, strict=True)
     ]
 
 
-def collate_supervised(
-    episodes: Sequence[Episode],
-    pad_id: int,
-    pad_to_multiple_of: int | None = None,
-    max_length: int | None = None,
-) -> dict[str, Tensor]:
-    """Pad episodes to `input_ids`, `attention_mask` and `labels`, each [B, T] int64.
+def pack(
+    sequences: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    share: bool = False,
+    sources: Sequence[Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """A batch for `models.scorer.TokenScorer`.
 
     Args:
-        episodes: B of them.
-        pad_id: fills `input_ids` where `attention_mask` is 0; any token will do.
-        pad_to_multiple_of: rounds T up.
-        max_length: longer episodes lose their end, with a warning.
+        sequences: token ids of each row; of an encoder-decoder, what its decoder should say.
+        labels: for each of these tokens itself, or -100 where there is nothing to learn. A decoder's first
+            token has nothing before it, and no label.
+        share: what several rows begin with is computed once, where that saves enough.
+        sources: token ids that an encoder reads, one for each row.
+
+    Returns:
+        input_ids: [T], all tokens.
+        lengths, prefixes: lists; of what lies there, see `families.Layout`.
+        states: [M], flat positions of the states that give the targets' distributions.
+        targets: [M], row by row.
+        counts: list, how many targets each row has.
+        source_ids: [S], and source_lengths: list; where there are sources.
     """
-    rows = [episode.token_ids for episode in episodes]
-    labels = [supervised_labels(episode) for episode in episodes]
-    if max_length is not None and any(len(row) > max_length for row in rows):
-        warnings.warn(f"episodes longer than max_length={max_length} lose their end", stacklevel=2)
-        rows, labels = [row[:max_length] for row in rows], [row[:max_length] for row in labels]
-    return pad_supervised(rows, labels, pad_id, pad_to_multiple_of)
-
-
-def pad_supervised(
-    rows: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    pad_id: int,
-    pad_to_multiple_of: int | None = None,
-) -> dict[str, Tensor]:
-    """Pad token ids and their labels; see `collate_supervised`."""
-    lengths_B = torch.tensor([len(row) for row in rows])
-    length = int(lengths_B.max())
-    if pad_to_multiple_of:
-        length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-
-    def padded(sequences: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([[*ids, *(fill,) * (length - len(ids))] for ids in sequences], dtype=torch.long)
-
-    return {
-        "input_ids": padded(rows, pad_id),
-        "attention_mask": (torch.arange(length) < lengths_B[:, None]).long(),
-        "labels": padded(labels, IGNORED),
+    ids = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    layout = Layout.of(ids, share and sources is None)
+    behind = 1 if sources is None else 0  # an encoder-decoder's input is shifted where it is made
+    learned = [(torch.tensor(row[behind:]) != IGNORED).nonzero()[:, 0] for row in labels]
+    batch: dict[str, Any] = {
+        "input_ids": torch.cat(layout.pieces),
+        "lengths": [len(piece) for piece in layout.pieces],
+        "prefixes": layout.prefixes,
+        "states": torch.cat([layout.flat(i, places) for i, places in enumerate(learned)]),
+        "targets": torch.cat([row[places + behind] for row, places in zip(ids, learned, strict=True)]),
+        "counts": [len(places) for places in learned],
     }
+    if sources is not None:
+        batch["source_ids"] = torch.cat([torch.tensor(source, dtype=torch.long) for source in sources])
+        batch["source_lengths"] = [len(source) for source in sources]
+    return batch

@@ -64,6 +64,28 @@ def encode_control(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(continuing.encode(text, add_special_tokens=False).ids)
 
 
+def encode_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+    """Encode a later part of a text as the tokenizer would within the whole: `before` is what precedes it.
+
+    Unlike a continuation it has the space that Llama's old tokenizers put after every added token.
+    """
+    codec = _codec(tokenizer)
+    if codec.continuing is None or not text:
+        return _encode(tokenizer, text)
+    added = codec.added
+    for index, token in added.items():
+        if (before.rstrip() if token.rstrip else before).endswith(token.content):
+            ids = _encode(tokenizer, token.content + text)
+            if ids[:1] == [index]:
+                return ids[1:]
+    ids, continued = _encode(tokenizer, text), codec.continuing.encode(text, add_special_tokens=False).ids
+    if [i for i in ids if i in added] != [i for i in continued if i in added]:
+        return list(continued)  # the space hides added tokens that are normalized; they are meant
+    to_token = next((at for at, index in enumerate(continued) if index in added), len(continued))
+    from_token = next((at for at, index in enumerate(ids) if index in added), len(ids))
+    return list(continued[:to_token]) + ids[from_token:]
+
+
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
     """Encode tool text or other data in the middle of a sequence: no added token comes out, special or not.
 
@@ -116,20 +138,36 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, add_bos: boo
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer's own call puts before a text: usually the BOS or nothing."""
+    return list(_frame(tokenizer)[0])
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer's own call puts after a text: nothing, or what encoders want there ([SEP])."""
+    return list(_frame(tokenizer)[1])
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     codec = _codec(tokenizer)
-    if codec.bos is None:
-        # Any ordinary word shows what comes before it; the two ends of an empty text can't be told apart.
+    if codec.frame is None:
+        # Any ordinary word shows what comes around it; the two ends of an empty text can't be told apart.
         words = (word for word, index in tokenizer.get_vocab().items() if index not in codec.forbidden)
         word, bare = next(((word, ids) for word in words if (ids := _encode(tokenizer, word))), ("", []))
         full = _encode(tokenizer, word, add_special_tokens=True)
         starts = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-        codec.bos = full[: next(starts, 0)]
-    return list(codec.bos)
+        start = next(starts, 0)
+        codec.frame = full[:start], full[start + len(bare) :] if bare else []
+    return codec.frame
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the tokens that `decode(skip_special_tokens=True)` leaves out."""
     return _codec(tokenizer).special
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts of these tokens, as far as they stand beside the vocabulary."""
+    codec = _codec(tokenizer)
+    return tuple(codec.control[index] for index in codec.special if index in codec.control)
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
@@ -170,22 +208,24 @@ class _Codec:
     Attributes:
         stamp: what shows that the tokenizer was changed since. A word of the vocabulary that is made an
             added token after first use goes unnoticed; a new token doesn't.
+        added: all tokens beside the vocabulary, by id.
         control, special: see `control_tokens`, `special_token_ids`.
         forbidden: tokens that data must not produce: control and unknown.
         continuing: the tokenizer without its leading space; None where it puts none (or isn't a fast one).
         plain: the same without added tokens; None for tokenizers written in Python.
-        bos: see `bos_ids`; None until asked for.
+        frame: see `bos_ids` and `end_ids`; None until asked for.
         characters: the tokens of single characters, as they come up.
         warned: an escape was logged.
     """
 
     stamp: tuple[Any, ...]
+    added: dict[int, tokenizers.AddedToken]
     control: dict[int, str]
     special: frozenset[int]
     forbidden: frozenset[int]
     continuing: tokenizers.Tokenizer | None = None
     plain: tokenizers.Tokenizer | None = None
-    bos: list[int] | None = None
+    frame: tuple[list[int], list[int]] | None = None
     characters: dict[str, list[int]] = field(default_factory=dict)
     warned: bool = False
 
@@ -210,7 +250,7 @@ def _build_codec(tokenizer: PreTrainedTokenizerBase, stamp: tuple[Any, ...]) -> 
     control = {i: token.content for i, token in added.items() if token.special or not token.content.isspace()}
     special = frozenset(tokenizer.all_special_ids).union(i for i, token in added.items() if token.special)
     if not tokenizer.is_fast:
-        return _Codec(stamp, control, special, frozenset({*control, tokenizer.unk_token_id} - {None}))
+        return _Codec(stamp, added, control, special, frozenset({*control, tokenizer.unk_token_id} - {None}))
     backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
     continuing = _without_leading_space(backend)
     base = continuing or backend
@@ -218,7 +258,7 @@ def _build_codec(tokenizer: PreTrainedTokenizerBase, stamp: tuple[Any, ...]) -> 
     plain = tokenizers.Tokenizer(base.model)
     plain.normalizer, plain.pre_tokenizer = base.normalizer, base.pre_tokenizer
     forbidden = frozenset({*control, tokenizer.unk_token_id, _unknown_id(backend)} - {None})
-    return _Codec(stamp, control, special, forbidden, continuing, plain)
+    return _Codec(stamp, added, control, special, forbidden, continuing, plain)
 
 
 def _unknown_id(backend: tokenizers.Tokenizer) -> int | None:

@@ -18,13 +18,14 @@ from typing import Any, TypeAlias
 import datasets
 import pandas
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Json, List
 from datasets.exceptions import DatasetsError
 
 from etude.errors import DataError
 
 Rows: TypeAlias = str | Path | Dataset | DatasetDict | Sequence[Any]
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "completions", "tools")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -66,7 +67,7 @@ def load_rows(
         )
     if len(loaded) == 0:
         raise DataError(f"{where} has no rows")
-    return loaded
+    return _without_fillers(loaded)
 
 
 def _is_hub_id(source: str) -> bool:
@@ -102,6 +103,46 @@ def _near(path: Path) -> str:
         return f" (nor a folder {str(folder)!r})"
     names = get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=5, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, sorted(names)))}?" if names else ""
+
+
+# ---- conversations in tables ----
+
+
+def _without_fillers(dataset: Dataset) -> Dataset:
+    """Conversations without the keys that a table fills up.
+
+    Where messages are structs, a tool call has each argument that any call has, as None. Keys of the messages
+    themselves are seen to where they are rendered.
+    """
+    columns = [
+        name for name, feature in dataset.features.items() if name in _CONVERSATIONS and _depth(feature) > 1
+    ]
+    if not columns:
+        return dataset
+    plain = {name: List(Json()) for name in columns}
+    return dataset.map(
+        _drop_fillers,
+        fn_kwargs={"columns": columns},
+        features=Features({**dataset.features, **plain}),
+        desc="Reading conversations",
+    )
+
+
+def _depth(feature: Any) -> int:
+    """How many structs lie within each other."""
+    if isinstance(feature, Mapping):
+        return 1 + max(map(_depth, feature.values()), default=0)
+    return _depth(feature.feature) if hasattr(feature, "feature") else 0
+
+
+def _drop_fillers(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    return {name: _drop(row[name]) for name in columns}
+
+
+def _drop(value: Any) -> Any:
+    if isinstance(value, Mapping):  # a message without content says so
+        return {key: _drop(item) for key, item in value.items() if item is not None or key == "content"}
+    return [_drop(item) for item in value] if isinstance(value, list) else value
 
 
 # ---- files and folders ----

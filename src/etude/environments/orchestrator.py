@@ -39,7 +39,7 @@ async def play_episodes(
             on_episode(episode)
         return episode
 
-    episodes = await _gather([play(task, seed) for task, seed in zip(tasks, seeds, strict=True)])
+    episodes = await gather_all([play(task, seed) for task, seed in zip(tasks, seeds, strict=True)])
     played = [episode for episode in episodes if episode.stop is not StopReason.INFRASTRUCTURE]
     if episodes and not played:
         raise SamplerError(f"all {len(episodes)} episodes failed; the first: {episodes[0].error}")
@@ -47,7 +47,7 @@ async def play_episodes(
     return episodes
 
 
-async def _gather(coroutines: Sequence[Any]) -> list[Any]:
+async def gather_all(coroutines: Sequence[Any]) -> list[Any]:
     """Like `asyncio.gather`, but a failure cancels the rest and waits for it to clean up."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:

@@ -24,11 +24,11 @@ from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
 from etude.environments.tags import ParsedTurn, TagProtocol, ToolProtocol
 from etude.errors import DataError, EnvironmentSetupError, SamplerError
+from etude.math.counters import mix
 from etude.protocols import Reward, Sampler, Session, Tool
 from etude.rewards.function import SegmentReward, as_reward
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
-from etude.sampling.draw import mix
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
 from etude.tools.contract import ToolLimits, call_tool
@@ -191,7 +191,7 @@ class TextEnvironment(Lockstep):
 
     async def run_episodes(self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any) -> list[Episode]:
         """`run`, for callers that want episodes and have an event loop."""
-        rows = _rows(tasks, columns)
+        rows = task_rows(tasks, columns)
         seeds = [self.next_seed() for _ in rows]
         return await play_episodes(self, rows, self.sampler, seeds)
 
@@ -311,7 +311,7 @@ def _count(episode: Episode, name: str, started: float) -> None:
     episode.timings[name] = episode.timings.get(name, 0.0) + time.monotonic() - started
 
 
-def _rows(tasks: Sequence[str | Mapping[str, Any]], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+def task_rows(tasks: Sequence[str | Mapping[str, Any]], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Task rows with the columns that came beside them: one value per task, or one for all."""
     rows = [{"prompt": task} if isinstance(task, str) else dict(task) for task in tasks]
     if not rows:

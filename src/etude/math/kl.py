@@ -87,6 +87,21 @@ def kl_full(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Ten
     return (logprobs.exp() * difference).sum(-1).clamp_min(0)  # rounding can make the sum of equals −1e-8
 
 
+def best_of_n_kl(n: int) -> float:
+    """KL(best of n ‖ policy) at most, in nats: log n − (n − 1) / n.
+
+    Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy" (arXiv:2401.01879). It is
+    the KL itself where no two of the policy's answers score the same and each of them is rare (n times its
+    probability is small); ties and frequent answers bring it down.
+
+    Raises:
+        ConfigError: n is less than 1.
+    """
+    if n < 1:
+        raise ConfigError(f"n is {n}; the best is one of at least 1")
+    return math.log(n) - (n - 1) / n
+
+
 class KLController(ABC):
     """The coefficient β of a KL penalty, and how it moves.
 

@@ -51,7 +51,7 @@ class Send:
 
 
 class Fetch:
-    """A tensor on its way to Python: copied once what it is computed from has run, and not after what follows.
+    """A tensor on its way to Python: copied once it has been computed, and not after what follows.
 
     Args:
         host: where it is copied to, as large at least; pinned memory if it comes from a GPU.

@@ -1,4 +1,4 @@
-"""Compiled decoder layers: norms, rotations, activations and residuals fused, for sampling and training alike.
+"""Compiled decoder layers: norms, rotations, activations and residuals fused, for sampling and training.
 
 Layer by layer, not the whole model: all layers of a kind share one compilation of a few seconds for each of
 the ways they are called (with gradients and without, in autocast's precision), for any number of tokens. The
@@ -19,8 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from etude.models.attention import is_packed
-from etude.models.loading import decoder_of
 from etude.models.plans import PLAN
+from etude.models.wrappers import decoder_of
 
 
 def compile_layers(model: nn.Module, **options: Any) -> int:
@@ -43,8 +43,9 @@ def compile_layers(model: nn.Module, **options: Any) -> int:
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer.compile(**{"dynamic": True, **options})
+        compiled: Any = layer._compiled_call_impl
         # Where `compile` puts it: copies of the layer, such as a reference policy, leave it behind.
-        layer._compiled_call_impl = partial(_with_plan, layer, layer._compiled_call_impl)  # type: ignore[assignment]
+        layer._compiled_call_impl = partial(_with_plan, layer, compiled)
     return len(layers)
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from etude.models.compiled import compile_layers
 from etude.models.head import ChunkedHead, token_scores
-from etude.models.loading import decoder_of, trunk_of
 from etude.models.packing import supports_packing
-from etude.models.plans import PackedPlan, packed_inputs
+from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
 from etude.models.value_model import ValueModel
+from etude.models.wrappers import decoder_of, trunk_of
 
 
 class PolicyOutput(NamedTuple):
@@ -100,7 +100,7 @@ class PolicyForward(nn.Module):
             values = self._values_apart(self.value_model, input_ids, lengths, prefixes, wanted)
         outputs, count = outputs[: len(states)], len(states)
         score = token_scores if head is None else head
-        logprobs, entropies = score(outputs, targets, temperature, entropy_gradient)
+        logprobs, entropies, *_ = score(outputs, targets, temperature, entropy_gradient)
         return PolicyOutput(
             logprobs=logprobs,
             entropies=entropies,
@@ -133,7 +133,7 @@ class PolicyForward(nn.Module):
         prefixes: Sequence[int | None],
         wanted: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        inputs, own = _padded_inputs(input_ids, lengths, prefixes)
+        inputs, own = padded_inputs(input_ids, lengths, prefixes)
         outputs, values = self._call(head, **inputs)
         return outputs[own][wanted], None if values is None else values[own][wanted]
 
@@ -148,7 +148,7 @@ class PolicyForward(nn.Module):
         if self.values_pack:
             plan = PackedPlan(lengths, prefixes=prefixes, device=input_ids.device)
             return value_model(**packed_inputs(input_ids, plan))[0, wanted]
-        inputs, own = _padded_inputs(input_ids, lengths, prefixes)
+        inputs, own = padded_inputs(input_ids, lengths, prefixes)
         return value_model(**inputs)[own][wanted]
 
     def _call(self, head: ChunkedHead | None, **inputs: object) -> tuple[Tensor, Tensor | None]:
@@ -159,21 +159,3 @@ class PolicyForward(nn.Module):
         with head.postponed() as states:
             output = self.model(**inputs)
         return states[0], output[2] if self._has_values else None
-
-
-def _padded_inputs(
-    input_ids: Tensor, lengths: Sequence[int], prefixes: Sequence[int | None]
-) -> tuple[dict[str, object], Tensor]:
-    """Keywords of a model's forward for sequences that lie end to end, and where their tokens went [B, T].
-
-    A sequence that goes on from another has that one in front, computed again.
-    """
-    pieces = input_ids.split(list(lengths))
-    before = [pieces[0][:0] if p is None else pieces[p] for p in prefixes or [None] * len(pieces)]
-    rows = [torch.cat(pair) for pair in zip(before, pieces, strict=True)]
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    first, end = (torch.tensor([len(x) for x in each], device=padded.device) for each in (before, rows))
-    columns = torch.arange(padded.shape[1], device=padded.device)[None]
-    mask = columns < end[:, None]
-    own = mask & (columns >= first[:, None])
-    return {"input_ids": padded, "attention_mask": mask.long(), "use_cache": False}, own

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from etude.math.logprobs import entropy, scaled_logits, token_logprobs
+from etude.math.logprobs import entropy, token_logprobs
+from etude.models.linear_head import ChunkPasses, Finish, LinearHead, LinearTotal, Weigh
 from etude.models.packing import FOREIGN_ERRORS, probes, same_logits
 
 # Of float32 logits; a pass whose logits fit keeps them and computes nothing twice.
@@ -33,36 +30,21 @@ CHUNK_BYTES = 64 * 2**20
 # for each. There it is this part of the device's memory.
 CHUNK_SHARE = 64
 
-# By these settings some families multiply their logits (1), or divide them (−1).
-_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 
-
-@dataclass(frozen=True)
-class Finish:
-    """What a family does with the output layer's numbers: softcap · tanh(scale · number / softcap).
+class TokenScores(NamedTuple):
+    """What is known of M tokens.
 
     Attributes:
-        scale: Cohere's, Granite's, Falcon-H1's.
-        softcap: Gemma 2's; None leaves out the tanh.
+        logprobs: [M] float32 or better, with gradient.
+        entropies: of the distributions that they were drawn from [M], with gradient where asked.
+        hits: whether each token was the likeliest [M].
+        total: where weights were given, Σ weight · log-probability, with gradient; `logprobs` have none then.
     """
 
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def announced(cls, config: PreTrainedConfig) -> Finish:
-        """As the configuration has it, which the modelling file needn't follow."""
-        config = config.get_text_config()
-        settings = {name: getattr(config, name, None) for name in _SCALES}
-        factors = [v ** _SCALES[name] for name, v in settings.items() if isinstance(v, int | float)]
-        return cls(float(math.prod(factors)), getattr(config, "final_logit_softcapping", None))
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """In float32 (float64 stays float64), in which a capped logit keeps its last digits."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.scale != 1:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+    logprobs: Tensor
+    entropies: Tensor
+    hits: Tensor
+    total: Tensor | None = None
 
 
 class ChunkedHead:
@@ -107,55 +89,132 @@ class ChunkedHead:
         def detach(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output.detach()  # else its backward would fill a gradient [V, D] with zeros
 
+        with self._hooks(take, detach):
+            yield states
+
+    @contextmanager
+    def scoring(
+        self,
+        wanted: Tensor | None,
+        targets_M: Tensor,
+        temperatures: Sequence[float] = (),
+        weigh: Weigh | None = None,
+    ) -> Iterator[list[TokenScores]]:
+        """Inside, the model's forward gives logits of no position and leaves the scores of `targets_M` here.
+
+        They are computed within that forward, where all that wraps the model (sharded weights, autocast)
+        is in force, so that it can be called from outside the wrapper.
+
+        Args:
+            wanted: flat positions of the states of the targets; None if no others enter the layer.
+            temperatures: besides 1, to score at without gradient; these scores come after.
+            weigh: from log-probabilities to weights, for a `total`.
+        """
+        scores: list[TokenScores] = []
         layer = self.layer
         assert layer is not None
-        handles = [layer.register_forward_pre_hook(take), layer.register_forward_hook(detach)]
+        is_plain, call = _is_plain(layer), layer.forward  # before there are hooks of ours, and past them
+
+        def score(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            whole, *others = args
+            states_MD = whole.flatten(0, -2)
+            if wanted is not None:
+                states_MD = states_MD[wanted]
+            if weigh is None:
+                scores.append(self._score(layer, call, is_plain, states_MD, targets_M, (1.0, False)))
+            else:
+                scores.append(self._total(layer, call, is_plain, states_MD, targets_M, weigh))
+            with torch.no_grad():
+                for temperature in temperatures:
+                    how = (temperature, False)
+                    scores.append(self._score(layer, call, is_plain, states_MD.detach(), targets_M, how))
+            return whole[..., :0, :], *others
+
+        def connect(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # DDP looks among what the outputs depend on for the parameters that will have a gradient.
+            found = scores[0].logprobs if scores[0].total is None else scores[0].total
+            return output.detach() + 0 * found.sum()
+
+        with self._hooks(score, connect):
+            yield scores
+
+    @contextmanager
+    def _hooks(
+        self, before: Callable[..., tuple[Tensor, ...]], after: Callable[..., Tensor]
+    ) -> Iterator[None]:
+        layer = self.layer
+        assert layer is not None
+        handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
         try:
-            yield states
+            yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def __call__(
         self, states_MD: Tensor, targets_M: Tensor, temperature: float, entropy_gradient: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [M] of `targets_M`, with gradient, and entropies [M], with one where asked."""
+    ) -> TokenScores:
+        """Scores of `targets_M` at the states before them; entropies have a gradient where asked."""
         layer = self.layer
         assert layer is not None
-        vocabulary = self.model.config.get_text_config().vocab_size
-        rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes or default_chunk(states_MD.device))
-        if rows >= len(states_MD):
-            return self._at_once(layer, states_MD, targets_M, temperature, entropy_gradient)
-        if _is_plain(layer):
-            parameters = layer.weight, layer.bias
-            scores: tuple[Tensor, Tensor] = _LinearHead.apply(
-                states_MD,
-                *parameters,
-                targets_M,
-                self.finish,
-                temperature,
-                entropy_gradient,
-                rows,
-                self.passes,
-            )
-            return scores
-        score = partial(self._at_once, temperature=temperature, entropy_gradient=entropy_gradient)
-        parts = [
-            checkpoint(score, layer, states_CD, targets_C, use_reentrant=False)
-            for states_CD, targets_C in zip(states_MD.split(rows), targets_M.split(rows), strict=True)
-        ]
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        how = (temperature, entropy_gradient)
+        return self._score(layer, layer, _is_plain(layer), states_MD, targets_M, how)
 
-    def _at_once(
+    def _rows(self, states_MD: Tensor) -> int:
+        """Of a chunk."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return chunk_rows(len(states_MD), vocabulary, self.chunk_bytes or default_chunk(states_MD.device))
+
+    def _score(
         self,
         layer: nn.Module,
-        states_CD: Tensor,
-        targets_C: Tensor,
-        temperature: float,
-        entropy_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return token_scores(self.finish(layer(states_CD)), targets_C, temperature, entropy_gradient)
+        call: Callable[[Tensor], Tensor],
+        is_plain: bool,
+        states_MD: Tensor,
+        targets_M: Tensor,
+        how: tuple[float, bool],
+    ) -> TokenScores:
+        """By `call`, which is the layer, or what is left of it within its own hooks.
+
+        Args:
+            how: the temperature, and whether entropies have a gradient.
+        """
+        rows = self._rows(states_MD)
+        if is_plain and rows < len(states_MD):
+            parameters = layer.weight, layer.bias
+            settings = targets_M, self.finish, rows, *how, self.passes
+            return TokenScores(*LinearHead.apply(states_MD, *parameters, *settings))
+
+        def at_once(states_CD: Tensor, targets_C: Tensor) -> TokenScores:
+            return token_scores(self.finish(call(states_CD)), targets_C, *how)
+
+        if rows >= len(states_MD):
+            return at_once(states_MD, targets_M)
+        parts = [
+            checkpoint(at_once, states_CD, targets_C, use_reentrant=False)
+            for states_CD, targets_C in zip(states_MD.split(rows), targets_M.split(rows), strict=True)
+        ]
+        logprobs, entropies, hits, _ = zip(*parts, strict=True)
+        return TokenScores(torch.cat(logprobs), torch.cat(entropies), torch.cat(hits))
+
+    def _total(
+        self,
+        layer: nn.Module,
+        call: Callable[[Tensor], Tensor],
+        is_plain: bool,
+        states_MD: Tensor,
+        targets_M: Tensor,
+        weigh: Weigh,
+    ) -> TokenScores:
+        if is_plain and len(states_MD):
+            rows = self._rows(states_MD)
+            inputs = states_MD, layer.weight, layer.bias, targets_M
+            total, logprobs, entropies, hits = LinearTotal.apply(
+                *inputs, self.finish, rows, weigh, torch.is_grad_enabled()
+            )
+            return TokenScores(logprobs, entropies, hits, total)
+        scores = self._score(layer, call, is_plain, states_MD, targets_M, (1.0, False))
+        return weighted(scores, weigh)
 
     @torch.no_grad()
     def _explains_logits(self) -> bool:
@@ -166,6 +225,8 @@ class ChunkedHead:
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             keep["logits_to_keep"] = torch.tensor([3, 7], device=self.model.device)
         ids = torch.tensor(probes(self.model, (9,)), device=self.model.device)
+        if self.model.config.is_encoder_decoder:
+            keep["decoder_input_ids"] = ids
         training = self.model.training
         self.model.eval()
         try:
@@ -216,163 +277,27 @@ def chunk_rows(count: int, vocabulary: int, chunk_bytes: int) -> int:
 
 def token_scores(
     logits_MV: Tensor, targets_M: Tensor, temperature: float, entropy_gradient: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [M], with gradient, and entropies [M], with one where asked."""
+) -> TokenScores:
+    """Of whole logits; entropies have a gradient where asked."""
     logprobs_M = token_logprobs(logits_MV, targets_M, temperature)
     if entropy_gradient:
-        return logprobs_M, entropy(logits_MV, temperature)
+        entropies_M = entropy(logits_MV, temperature)
     with torch.no_grad():  # last, where a checkpoint's second forward needn't reach
-        return logprobs_M, entropy(logits_MV.detach(), temperature)
+        logits_MV = logits_MV.detach()
+        hits_M = logits_MV.gather(-1, targets_M[:, None])[:, 0] >= logits_MV.amax(-1)
+        if not entropy_gradient:
+            entropies_M = entropy(logits_MV, temperature)
+    return TokenScores(logprobs_M, entropies_M, hits_M)
+
+
+def weighted(scores: TokenScores, weigh: Weigh) -> TokenScores:
+    """The same with a `total`."""
+    logprobs_M = scores.logprobs.detach()
+    total = (weigh(logprobs_M) * scores.logprobs).sum()
+    return TokenScores(logprobs_M, scores.entropies, scores.hits, total)
 
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether `layer` is its weight and bias and nothing else: no adapter, quantization, hook or sharding."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
     return type(layer) is nn.Linear and not hooks and "forward" not in vars(layer)
-
-
-class _LinearHead(torch.autograd.Function):
-    """A plain linear layer, its finish and the scores of tokens, in chunks.
-
-    Backward turns each chunk's logits, computed again, in place into their own gradient, and adds up the
-    weight's gradient in one buffer of the weight's precision: autograd would make a [V, D] for each chunk.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        finish: Finish,
-        temperature: float,
-        entropy_gradient: bool,
-        rows: int,
-        passes: ChunkPasses | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        passes = passes or ChunkPasses()
-        dtype = _computing_dtype(weight_VD)
-        precise = torch.promote_types(dtype, torch.float32)
-        totals_M, logprobs_M, entropies_M = (
-            states_MD.new_empty(len(states_MD), dtype=precise) for _ in range(3)
-        )
-        with torch.autocast(weight_VD.device.type, enabled=False):
-            weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-            for here in _chunks(len(states_MD), rows):
-                raw_CV = linear(states_MD[here].to(dtype), weight, bias)
-                scores = passes.scores(raw_CV, targets_M[here, None], finish, temperature)
-                logprobs_M[here], entropies_M[here], totals_M[here] = scores
-        kept_M = entropies_M if entropy_gradient else None
-        ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M, kept_M)
-        ctx.settings = finish, temperature, rows, dtype, passes
-        if not entropy_gradient:
-            ctx.mark_non_differentiable(entropies_M)
-        return logprobs_M, entropies_M
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        states_MD, weight_VD, bias_V, targets_M, totals_M, entropies_M = ctx.saved_tensors
-        finish, temperature, rows, dtype, passes = ctx.settings
-        inputs = states_MD, weight_VD, bias_V
-        d_states, d_weight, d_bias = (
-            torch.zeros_like(tensor) if needed else None
-            for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        )
-        with torch.autocast(weight_VD.device.type, enabled=False):
-            weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-            for here in _chunks(len(states_MD), rows):
-                states_CD = states_MD[here].to(dtype)
-                d_raw = passes.gradient(
-                    linear(states_CD, weight, bias),
-                    targets_M[here, None],
-                    totals_M[here, None],
-                    gradients[0][here, None],
-                    None if entropies_M is None else (entropies_M[here, None], gradients[1][here, None]),
-                    finish,
-                    temperature,
-                )
-                if d_states is not None:
-                    d_states[here] = (d_raw @ weight).to(d_states.dtype)
-                if d_weight is not None and d_weight.dtype == dtype:
-                    d_weight.addmm_(d_raw.t(), states_CD)
-                elif d_weight is not None:
-                    d_weight += d_raw.t() @ states_CD
-                if d_bias is not None:
-                    d_bias += d_raw.sum(0)
-        return d_states, d_weight, d_bias, None, None, None, None, None, None
-
-
-def _scores(
-    raw_CV: Tensor, targets_C1: Tensor, finish: Finish, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the targets, entropies, logsumexps; [C] each. Overwrites `raw_CV`, where it can."""
-    logits_CV = scaled_logits(finish(raw_CV), temperature)
-    highest_C = logits_CV.amax(-1)
-    logits_CV.sub_(highest_C[:, None])
-    chosen_C = logits_CV.gather(-1, targets_C1)[:, 0]
-    weights_CV = logits_CV.exp()
-    totals_C = weights_CV.sum(-1)
-    logits_CV.clamp_(min=torch.finfo(logits_CV.dtype).min)  # 0 · −inf would be NaN
-    mean_C = weights_CV.mul_(logits_CV).sum(-1) / totals_C
-    totals_C.log_()
-    return chosen_C - totals_C, totals_C - mean_C, highest_C + totals_C
-
-
-def _logits_gradient(
-    raw_CV: Tensor,
-    targets_C1: Tensor,
-    totals_C1: Tensor,
-    gradient_C1: Tensor,
-    entropies_C1: tuple[Tensor, Tensor] | None,
-    finish: Finish,
-    temperature: float,
-) -> Tensor:
-    """Of Σ gradient · log π(target), by the layer's output: gradient · (1[v = target] − π(v)) · slope.
-
-    With entropies H and their gradients, of Σ gradient · H too: −gradient · π(v) · (log π(v) + H) · slope.
-    In the precision of `raw_CV`, which it overwrites where it can.
-    """
-    logits_CV = finish(raw_CV)
-    slope_CV = None if finish.softcap is None else 1 - (logits_CV / finish.softcap) ** 2
-    factor = finish.scale / temperature
-    gradient_C1 = gradient_C1 * factor
-    logprobs_CV = scaled_logits(logits_CV, temperature).sub_(totals_C1)
-    if entropies_C1 is None:
-        d_raw = logprobs_CV.exp_().mul_(-gradient_C1)
-    else:
-        entropy_C1, entropy_gradient_C1 = entropies_C1
-        probs_CV = logprobs_CV.exp()
-        finite_CV = logprobs_CV.clamp_(min=torch.finfo(logprobs_CV.dtype).min)  # 0 · −inf would be NaN
-        d_raw = finite_CV.add_(entropy_C1).mul_(probs_CV).mul_(-factor * entropy_gradient_C1)
-        d_raw.addcmul_(probs_CV, gradient_C1, value=-1)
-    chosen_C1 = d_raw.gather(-1, targets_C1).add_(gradient_C1)
-    if slope_CV is not None:
-        d_raw, chosen_C1 = d_raw.mul_(slope_CV), chosen_C1.mul_(slope_CV.gather(-1, targets_C1))
-    d_raw, chosen_C1 = d_raw.to(raw_CV.dtype), chosen_C1.to(raw_CV.dtype)
-    return d_raw.scatter_(-1, targets_C1, chosen_C1)
-
-
-class ChunkPasses:
-    """What is done to a chunk's logits, forward and backward; each in one or two passes over them if compiled."""
-
-    def __init__(self) -> None:
-        self.scores, self.gradient = _scores, _logits_gradient
-
-    def compile(self, **options: Any) -> None:
-        """With options of `torch.compile`."""
-        options = {"dynamic": True, **options}
-        self.scores, self.gradient = (torch.compile(f, **options) for f in (_scores, _logits_gradient))
-
-
-def _chunks(count: int, rows: int) -> Iterator[slice]:
-    return (slice(start, start + rows) for start in range(0, count, rows))
-
-
-def _computing_dtype(weight: Tensor) -> torch.dtype:
-    """That of a linear layer: autocast's, which leaves float64 alone, or else its weight's."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype

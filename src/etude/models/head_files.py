@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etude.errors import ModelError
-from etude.models.loading import VALUE_HEAD_KEY, find_file
+from etude.models.loading import VALUE_HEAD_KEY
+from etude.models.places import find_file
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def load_head(head: nn.Module, name: str, place: Mapping[str, Any]) -> None:
     Raises:
         ModelError: the value head there is of another shape, or can't be read.
     """
-    state = _read_head(name, place)
+    state = read_head(name, place)
     if not state:
         logger.info("%s has no value head; a new one was initialised", name)
         return
@@ -52,12 +53,34 @@ def load_head(head: nn.Module, name: str, place: Mapping[str, Any]) -> None:
     head.load_state_dict(state)
 
 
+def average_heads(names: Sequence[str], shares: Sequence[float]) -> dict[str, Tensor]:
+    """The heads of several directories or hub repositories, times their shares; empty where none has one.
+
+    Raises:
+        ModelError: some have none, or they are of different shapes.
+    """
+    heads = {name: read_head(name, {}) for name in names}
+    if not any(heads.values()):
+        return {}
+    if without := [name for name, head in heads.items() if not head]:
+        raise ModelError(
+            f"{without[0]!r} has no value head and others have; expected one in each of them, or in none"
+        )
+    first, *others = heads.values()
+    if wrong := [name for name, head in heads.items() if _shapes(head) != _shapes(first)]:
+        raise ModelError(f"the value heads in {names[0]!r} and {wrong[0]!r} are of different shapes")
+    if not others:
+        return first
+    weights = torch.tensor(list(shares))
+    return {key: _weighted(torch.stack([head[key] for head in heads.values()]), weights) for key in first}
+
+
 def save_head(state: Mapping[str, Tensor], directory: str | os.PathLike[str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, os.path.join(directory, VALUE_HEAD_FILE), metadata={"format": "pt"})
 
 
-def _read_head(name: str, place: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_head(name: str, place: Mapping[str, Any]) -> dict[str, Tensor]:
     """The head's tensors in a directory or hub repository: in a file of its own, or inside the trunk's."""
     path = find_file(name, VALUE_HEAD_FILE, **place)
     if path is not None:
@@ -101,6 +124,11 @@ def _head_tensors(path: str) -> dict[str, Tensor]:
             "where you trust it"
         ) from error
     return {key: tensor for key, tensor in state.items() if VALUE_HEAD_KEY.search(key)}
+
+
+def _weighted(tensors: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum over the first dimension."""
+    return torch.tensordot(weights.to(tensors.dtype), tensors, dims=1)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from etude.math.placing import place
 from etude.models.slot_cache import SlotCache
@@ -35,6 +36,7 @@ class PackedPlan:
             number at least; None for a sequence of its own. May be left empty.
         prefixes: in training, for each sequence the one of this step that it goes on from, or None. What has
             no prefix comes first, and what goes on from the same one lies together. May be left empty.
+        dropout: attention leaves out as many weights as the model's configuration says, while it trains.
         positions_T, slots_T: of each token, its position in its sequence and its slot.
         windows: the sliding window that each layer asked for, written as the step runs.
     """
@@ -46,6 +48,7 @@ class PackedPlan:
     families: Sequence[tuple[int, int] | None] = ()
     prefixes: Sequence[int | None] = ()
     device: torch.device | str = "cpu"
+    dropout: bool = False
     positions_T: Tensor = field(init=False)
     slots_T: Tensor = field(init=False)  # empty without a cache
     windows: dict[int, int | None] = field(init=False, default_factory=dict)
@@ -247,7 +250,7 @@ class SharedPrefix:
 class TokenPlan:
     """Tokens of any sequences, each by itself: where it lies in the cache is all that a step is told.
 
-    A token sees its slot up to its own position; those that share a slot are written before any of them looks.
+    A token sees its slot up to its own position; all of a step are written before any of them looks.
     All that differs between two steps of as many tokens is in the tensors, so that a step can be captured.
 
     Attributes:
@@ -326,3 +329,22 @@ def packed_inputs(
         "use_cache": False,
         PLAN: plan,
     }
+
+
+def padded_inputs(
+    input_ids: Tensor, lengths: Sequence[int], prefixes: Sequence[int | None] = ()
+) -> tuple[dict[str, Any], Tensor]:
+    """Keywords of a model's forward for sequences that lie end to end, and where their tokens went [B, T].
+
+    For models that can't be packed. A sequence that goes on from another has that one in front, computed
+    again.
+    """
+    pieces = input_ids.split(list(lengths))
+    before = [pieces[0][:0] if p is None else pieces[p] for p in prefixes or [None] * len(pieces)]
+    rows = [torch.cat(pair) for pair in zip(before, pieces, strict=True)]
+    padded = pad_sequence(rows, batch_first=True)
+    first, end = (torch.tensor([len(x) for x in each], device=padded.device) for each in (before, rows))
+    columns = torch.arange(padded.shape[1], device=padded.device)[None]
+    mask = columns < end[:, None]
+    own = mask & (columns >= first[:, None])
+    return {"input_ids": padded, "attention_mask": mask.long(), "use_cache": False}, own

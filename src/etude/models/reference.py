@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from etude.errors import ModelError
-from etude.models.loading import trunk_of, unwrapped
+from etude.models.wrappers import trunk_of, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from etude.errors import ModelError
-from etude.models.loading import current_peft, decoder_of, explained, find_adapter, locate, unwrapped
+from etude.models.adapters import current_peft, find_adapter
+from etude.models.places import explained, locate
+from etude.models.wrappers import decoder_of, unwrapped
 
 DEFAULT_NAME = "reward_model_adapter"  # TRL's
 

@@ -10,6 +10,9 @@ would each read all before them; `attention` gives these to the fused kernels of
 Needs Triton, which torch brings along on CUDA: imported by `attention` where a step is on such a device.
 """
 
+# Kernels are no Python to a type checker.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch
@@ -129,13 +132,14 @@ def _put_together(
 def write(
     key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots_T: Tensor, positions_T: Tensor
 ) -> None:
-    """`key` and `value` [H_kv, T, d] to (slot, position) of each token in `keys`/`values` [slots, H_kv, length, d]."""
+    """`key` and `value` [H_kv, T, d] to each token's place in `keys`/`values` [slots, H_kv, length, d]."""
     assert key.stride(2) == value.stride(2) == 1
     heads, tokens, dim = key.shape
     v_dim = value.shape[2]
     _write[(tokens,)](
         key, value, keys, values, slots_T, positions_T,
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1), *keys.stride()[:3], *values.stride()[:3],
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        *keys.stride()[:3], *values.stride()[:3],
         HEADS=heads, DIM=dim, V_DIM=v_dim,
         SIZE=triton.next_power_of_2(heads * dim), V_SIZE=triton.next_power_of_2(heads * v_dim),
     )  # fmt: skip
@@ -170,7 +174,8 @@ def attend(
         q, keys, values, slots_T, positions_T, out, parts, tops, totals,
         dim**-0.5 if scaling is None else scaling, softcap or 0.0,
         q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3], heads,
-        GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)), DIM=dim, D=max(16, triton.next_power_of_2(dim)),
+        GROUPS=groups, ROWS=max(16, triton.next_power_of_2(groups)),
+        DIM=dim, D=max(16, triton.next_power_of_2(dim)),
         V_DIM=v_dim, VD=wide, BLOCK=KEYS, WINDOW=window or 0, CAPPED=softcap is not None, PARTS=count,
         num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -21,16 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter
 from etude.models.head_files import load_head, save_head
-from etude.models.loading import (
-    HUB_OPTIONS,
-    add_adapter,
-    explained,
-    load_causal_lm,
-    locate,
-    trunk_of,
-)
+from etude.models.loading import load_causal_lm
+from etude.models.places import HUB_OPTIONS, explained, locate
 from etude.models.reward_adapter import DEFAULT_NAME, RewardAdapter, policy_adapters
+from etude.models.wrappers import trunk_of
 
 
 class ValueHead(nn.Module):

@@ -17,20 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from etude.errors import ModelError
+from etude.models.adapters import base_of, find_adapter
 from etude.models.head_files import load_head, save_head
-from etude.models.loading import (
-    HUB_OPTIONS,
-    base_of,
-    decoder_of,
-    explained,
-    find_adapter,
-    load_causal_lm,
-    load_decoder,
-    locate,
-    trunk_of,
-)
+from etude.models.loading import load_causal_lm, load_decoder
+from etude.models.places import HUB_OPTIONS, explained, locate
 from etude.models.reward_adapter import merged_with_reward_adapter
 from etude.models.value_head import AutoModelForCausalLMWithValueHead, ValueHead
+from etude.models.wrappers import decoder_of, trunk_of
 
 
 class ValueModel(nn.Module):

@@ -27,10 +27,11 @@ import yaml
 from etude.errors import CheckpointError, ConfigError
 from etude.reporting.curves import groups, in_words
 from etude.reporting.episodes import rewards_within, token_texts, visible
+from etude.reporting.evaluation import headlines, tables
 from etude.reporting.terminal import number
 from etude.types import Episode, NamedReward, Segment
 
-_FILES = ("run.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json")
+_FILES = ("run.yaml", "metrics.jsonl", "episodes.jsonl", "summary.json", "evaluation.json")
 _SECRET = re.compile(r"(^|[._])(hub_token|api_token|access_token|auth_token|api_key|password|secret)$")
 _SHARE = re.compile(r"(^|_)(success|accuracy|exact|rate|share|fraction|tool_use)($|_)")
 
@@ -61,6 +62,7 @@ def write_report(
     picked = _pick(splits, max_episodes)
     rows = [row for place, row in _rows(run / "episodes.jsonl") if place in picked]
     summary = _read(run / "summary.json", json.loads)
+    evaluation = _read(run / "evaluation.json", json.loads)
     curves = groups(metrics)
     episodes = _episodes(rows)
     page = _template().render(
@@ -69,6 +71,7 @@ def write_report(
         progress=_progress(summary),
         facts=_facts(summary, metrics, len(splits)),
         curves=curves,
+        evaluation=(headlines(evaluation), tables(evaluation)) if evaluation else None,
         config=[(name, _text(value)) for name, value in _leaves(_read(run / "run.yaml", yaml.safe_load))],
         n_episodes=len(splits),
         data={"charts": [chart.data for group in curves for chart in group.charts], "episodes": episodes},

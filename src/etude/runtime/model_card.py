@@ -35,19 +35,21 @@ def write_model_card(
     language: str | Sequence[str] | None = None,
     library_name: str = "transformers",
     pipeline_tag: str = "text-generation",
+    made: str = "Trained",
 ) -> Path:
     """Write `directory`/README.md, over one that is there.
 
     Args:
         directory: where the model is saved.
         model_name: the card's title.
-        trainer: name of the class that trained it.
+        trainer: name of what trained it.
         method: what it did, in one word; becomes a tag ("sft", "ppo").
         base_model: name or path of the model it started from; a path shows its last part only.
         config_summary: settings worth knowing, by name; the caller leaves paths out.
         datasets: ids of datasets on the hub.
         tags: more tags, beside "etude" and the method.
         license, language, library_name, pipeline_tag: for the front matter.
+        made: what was done, where that isn't training.
 
     Returns:
         The file.
@@ -71,7 +73,7 @@ def write_model_card(
     sections = [
         f"---\n{yaml.safe_dump(known, allow_unicode=True)}---",
         f"# {model_name}",
-        f"Trained{origin} with `{trainer}` of Étude.",
+        f"{made}{origin} with `{trainer}` of Étude.",
         "## Settings" if config_summary else "",
         _table(("setting", "value"), config_summary or {}),
         "## Versions",

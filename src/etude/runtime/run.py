@@ -4,6 +4,7 @@
         run.yaml            the resolved configuration
         metrics.jsonl       one row per update: {"step", "time", name: number, …}
         episodes.jsonl      one row per episode: {"step", "split", …the episode}
+        evaluation.json     for an evaluation: every measure by model and condition
         summary.json        what the run came to: before, after, seed, seconds, …
         best.json           the checkpoint that is kept whatever its age
         checkpoint-<step>/
@@ -72,12 +73,24 @@ class RunDirectory:
                 "Check the path, or restore the file"
             ) from error
 
+    def changed_settings(self, config: Mapping[str, Any]) -> list[str]:
+        """Names of settings that `config` has otherwise than the configuration that is stored."""
+        before, now = self.read_config(), _plain(config, finite=False)
+        return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
     def update_summary(self, values: Mapping[str, Any]) -> None:
         """Merge `values` into the summary: `before` is known long before `after`."""
         self._write("summary.json", _json({**self.read_summary(), **values}, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
         return self._read_json("summary.json")
+
+    def write_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Write what an evaluation came to, as `evaluation.evaluate.record_of` makes it."""
+        self._write("evaluation.json", _json(record, indent=2) + "\n")
+
+    def read_evaluation(self) -> dict[str, Any]:
+        return self._read_json("evaluation.json")
 
     # Metrics and episodes
 
@@ -93,11 +106,21 @@ class RunDirectory:
         return [row for _, row in _rows(self.path / METRICS)]
 
     def append_episodes(
-        self, step: int, split: Split, episodes: Sequence[Episode], tokenizer: TokenSpeller | None = None
+        self,
+        step: int,
+        split: Split | str,
+        episodes: Sequence[Episode],
+        tokenizer: TokenSpeller | None = None,
     ) -> None:
-        """Append one row per episode; with a tokenizer, each segment also keeps its tokens' spelling."""
-        if split not in get_args(Split):
-            raise ConfigError(f"split is {split!r}; expected one of {', '.join(get_args(Split))}")
+        """Append one row per episode; with a tokenizer, each segment also keeps its tokens' spelling.
+
+        Args:
+            split: of a training run; or of an evaluation, as "model/condition".
+        """
+        if split not in get_args(Split) and "/" not in split:
+            raise ConfigError(
+                f"split is {split!r}; expected one of {', '.join(get_args(Split))}, or model/condition"
+            )
         rows = [{"step": step, "split": split, **episode.to_json()} for episode in episodes]
         if tokenizer is not None:
             for segment in (segment for row in rows for segment in row["segments"]):
@@ -105,7 +128,7 @@ class RunDirectory:
         self._append(EPISODES, rows)
 
     def read_episodes(
-        self, step: int | None = None, split: Split | None = None, limit: int | None = None
+        self, step: int | None = None, split: Split | str | None = None, limit: int | None = None
     ) -> list[Episode]:
         """The first `limit` episodes of a step, of a split, or of both, in the order they were written."""
         episodes: list[Episode] = []
@@ -113,10 +136,20 @@ class RunDirectory:
             if limit is not None and len(episodes) >= limit:
                 break
             if step in (None, row["step"]) and split in (None, row["split"]):
-                for segment in row["segments"]:
-                    segment.pop("tokens", None)
-                episodes.append(Episode.from_json(row))
+                episodes.append(_episode(row))
         return episodes
+
+    def read_groups(self) -> dict[int, list[Episode]]:
+        """All episodes by step, each step's in the order they were written."""
+        groups: dict[int, list[Episode]] = {}
+        for _, row in _rows(self.path / EPISODES):
+            groups.setdefault(row["step"], []).append(_episode(row))
+        return groups
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write a file of JSON Lines, whole; the one of that name that was here stays until then."""
+        self._write(name, "".join(_json(row) + "\n" for row in rows))
+        return self.path / name
 
     # Checkpoints
 
@@ -187,6 +220,10 @@ class RunDirectory:
         """
         for directory in [directory for later, directory in self.checkpoints().items() if later > step]:
             _delete(directory)
+        self.truncate_rows(step)
+
+    def truncate_rows(self, step: int) -> None:
+        """The same for rows only; checkpoints stay."""
         for file in (self.path / METRICS, self.path / EPISODES):
             if file.exists():
                 with _replacing(file) as kept:
@@ -195,7 +232,7 @@ class RunDirectory:
     def reset(self) -> None:
         """Forget the run that is here, to start anew: rows, summary, and all checkpoints."""
         self.truncate_after(-1)
-        for name in ("summary.json", "best.json"):
+        for name in ("summary.json", "best.json", "evaluation.json"):
             (self.path / name).unlink(missing_ok=True)
 
     # Files
@@ -228,6 +265,12 @@ class RunDirectory:
         with (self.path / name).open("a+b") as stream:
             _cut_unfinished_row(stream)
             stream.write(lines.encode())
+
+
+def _episode(row: dict[str, Any]) -> Episode:
+    for segment in row["segments"]:
+        segment.pop("tokens", None)
+    return Episode.from_json(row)
 
 
 def _rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

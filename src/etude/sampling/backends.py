@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from etude.errors import ConfigError
-from etude.models.attention import token_kernels
+from etude.models.cached_attention import token_kernels
 from etude.models.packing import supports_packing
 from etude.sampling.capture import CudaCapture, capturable
 from etude.sampling.feeds import Backend

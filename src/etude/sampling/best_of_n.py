@@ -1,4 +1,7 @@
-"""Best of n: sample several continuations of each query and keep those that score highest."""
+"""Best of n: sample several continuations of each query and keep those that score highest.
+
+Not covered: episodes with tools, columns of tasks, several rewards at once (`environments.best_of_n`).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,20 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
 from etude.errors import ConfigError, RewardError
-from etude.sampling.draw import mix
+from etude.math.counters import mix
+from etude.math.kl import best_of_n_kl
+from etude.protocols import Reward
+from etude.runtime.loop import run_sync
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
+from etude.types import Episode, Sampled, Segment, StopReason
+
+_STOPS = {
+    "eos": StopReason.END_OF_SEQUENCE,
+    "length": StopReason.TURN_TOKENS,
+    "stop": StopReason.NO_TOOL_CALL,
+}
 
 
 class BestOfNSampler:
@@ -25,7 +38,8 @@ class BestOfNSampler:
     Args:
         model: a causal language model, with or without a value head.
         tokenizer: of the model.
-        queries_to_scores: takes a query's texts (query and continuation), returns a score for each.
+        queries_to_scores: takes a query's texts (query and continuation), returns a score for each; or a
+            `Reward`, which scores each continuation as an episode of one turn.
         length_sampler: gives `max_new_tokens`, anew for each query.
         sample_size: continuations per query.
         seed: of the continuations; `set_seed` decides it by default.
@@ -37,7 +51,7 @@ class BestOfNSampler:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        queries_to_scores: Callable[[list[str]], Sequence[float] | Tensor],
+        queries_to_scores: Callable[[list[str]], Sequence[float] | Tensor] | Reward,
         length_sampler: Callable[[], int],
         sample_size: int = 4,
         seed: int | None = None,
@@ -61,6 +75,11 @@ class BestOfNSampler:
         self.settings = dict(generation_config or {})
         self.sampler = LocalSampler(model, tokenizer)
         self._sampled = 0
+
+    @property
+    def kl_bound(self) -> float:
+        """Nats by which the best one's distribution is from the model's own at most, see `best_of_n_kl`."""
+        return best_of_n_kl(self.sample_size)
 
     def generate(
         self,
@@ -99,22 +118,56 @@ class BestOfNSampler:
             seeds,
         )
         special = set(self.tokenizer.all_special_ids) if skip_special_tokens else set()
+        ids = [[*queries[i // n], *turn.token_ids] for i, turn in enumerate(turns)]
+        texts = [decode(self.tokenizer, [t for t in tokens if t not in special]) for tokens in ids]
         best = []
-        for i, query in enumerate(queries):
-            ids = [[*query, *turn.token_ids] for turn in turns[i * n : (i + 1) * n]]
-            texts = [decode(self.tokenizer, [t for t in tokens if t not in special]) for tokens in ids]
-            order = self._scores(texts).argsort(descending=True, stable=True)
-            best.append([texts[j] for j in order[: self.n_candidates].tolist()])
+        for scores, texts_n in zip(self._scores(queries, turns, texts), _groups(texts, n), strict=True):
+            order = scores.argsort(descending=True, stable=True)
+            best.append([texts_n[i] for i in order[: self.n_candidates].tolist()])
         return best
 
-    def _scores(self, texts: list[str]) -> Tensor:
-        scores = torch.as_tensor(self.queries_to_scores(texts), dtype=torch.float64).flatten()
-        if len(scores) != len(texts) or not scores.isfinite().all():
+    def _scores(
+        self, queries: Sequence[list[int]], turns: Sequence[Sampled], texts: Sequence[str]
+    ) -> list[Tensor]:
+        """For each query the scores [n] of its continuations."""
+        score, n = self.queries_to_scores, self.sample_size
+        given: list[Any]
+        if isinstance(score, Reward):
+            episodes = [_episode(self.tokenizer, queries[i // n], turn) for i, turn in enumerate(turns)]
+            given = _groups([score.weight * _total(each) for each in run_sync(score(episodes))], n)
+        else:
+            given = [score(list(texts_n)) for texts_n in _groups(texts, n)]
+        scores = [torch.as_tensor(scores_n, dtype=torch.float64).flatten() for scores_n in given]
+        for scores_n in scores:
+            if len(scores_n) != n or not scores_n.isfinite().all():
+                raise RewardError(
+                    f"{getattr(score, 'name', 'queries_to_scores')} gave {scores_n.tolist()} for {n} texts; "
+                    "expected a finite number for each"
+                )
+        if len(scores) != len(queries):
             raise RewardError(
-                f"queries_to_scores gave {scores.tolist()} for {len(texts)} texts; expected a finite number "
-                "for each"
+                f"there are {len(scores) * n} scores for {len(turns)} texts; expected one for each"
             )
         return scores
+
+
+def _groups(items: Sequence[Any], n: int) -> list[Any]:
+    return [items[start : start + n] for start in range(0, len(items), n)]
+
+
+def _total(score: float | Sequence[float | None] | None) -> float:
+    """Of a reward's score of one episode, as `Episode.reward` counts it: what doesn't apply adds nothing."""
+    parts = score if isinstance(score, Sequence) else [score]
+    return sum(part for part in parts if part is not None)
+
+
+def _episode(tokenizer: PreTrainedTokenizerBase, query: list[int], turn: Sampled) -> Episode:
+    prompt = decode(tokenizer, query)
+    return Episode(
+        task={"prompt": prompt},
+        segments=[Segment("prompt", prompt, query), *turn.segments()],
+        stop=_STOPS[turn.finish],
+    )
 
 
 def _queries(tokenized: Any) -> list[list[int]]:

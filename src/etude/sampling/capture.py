@@ -1,4 +1,4 @@
-"""Capturing a step of fixed shape once and replaying it: what saves the launches of hundreds of small kernels.
+"""Capturing a step of fixed shape once and replaying it, which saves hundreds of launches.
 
 Weights that are updated in place stay valid in a capture; tensors that moved make it be taken anew. Captures
 are CUDA graphs. On a CPU, tests put a trace of the step's operations in their place (`make_fx`).
@@ -28,7 +28,7 @@ class Step(Protocol):
     cache: SlotCache
     inputs: Tensor
 
-    def __call__(self, size: int) -> Tensor:
+    def __call__(self, size: int, /) -> Tensor:
         """Logits, [rows, vocabulary]."""
         ...
 

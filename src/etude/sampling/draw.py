@@ -19,23 +19,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from etude.errors import SamplerError
+from etude.math.counters import mix, mix_pairs
 from etude.math.placing import Fetch, place
-from etude.models.attention import token_kernels
+from etude.models.cached_attention import token_kernels
 from etude.sampling.cuts import Row, edit, edits_in_force, on_rows, warp
 
-_MASK = (1 << 64) - 1
 _BLOCK = 128  # tokens
-
-
-def mix(*words: int) -> int:
-    """Hash integers to 64 bits by the SplitMix64 finaliser (Steele, Lea & Flood 2014), word by word."""
-    state = 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
 
 
 def uniform(seed: int, position: int) -> float:
@@ -45,16 +34,9 @@ def uniform(seed: int, position: int) -> float:
 
 def uniforms(rows: Sequence[Row]) -> np.ndarray:
     """`uniform` of each row's seed and position, [R] float64."""
-    words = np.array([(row.seed & _MASK, row.position) for row in rows], dtype=np.uint64)
-    state = np.zeros(len(rows), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for word in words.T:
-            state += word + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state ^= state >> np.uint64(31)
-    numbers: np.ndarray = ((state >> np.uint64(40)).astype(np.float64) + 0.5) * 2.0**-24
-    return numbers
+    mixed_R = mix_pairs([(row.seed, row.position) for row in rows])
+    numbers_R: np.ndarray = ((mixed_R >> np.uint64(40)).astype(np.float64) + 0.5) * 2.0**-24
+    return numbers_R
 
 
 class Numbers(Protocol):
@@ -150,7 +132,9 @@ def draw_plain(
         return
     greedy_R1 = (temperature_R == 0)[:, None]
     logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    probs_RV = (logits_RV / temperature_R[:, None].masked_fill(greedy_R1, 1.0).to(logits_RV.dtype)).softmax(-1)
+    probs_RV = (logits_RV / temperature_R[:, None].masked_fill(greedy_R1, 1.0).to(logits_RV.dtype)).softmax(
+        -1
+    )
     drawn_R1 = _invert(probs_RV, u_R.to(probs_RV.dtype)[:, None])
     tokens_R1 = torch.where(greedy_R1, logits_RV.argmax(-1, keepdim=True), drawn_R1)
     logprobs_R1 = probs_RV.gather(-1, tokens_R1).log()

@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, ConfigError, SamplerError
-from etude.models.loading import trunk_of
 from etude.models.packing import rotary_switch
 from etude.models.prepacked import PrepackedLinears
+from etude.models.wrappers import trunk_of
 from etude.sampling.backends import choose_backend, free_memory
 from etude.sampling.draw import Draw, begin_draw, begin_draw_each
 from etude.sampling.feeds import Feed
@@ -396,7 +396,7 @@ class LocalSampler:
             forced_text=forced,
         )
         turn.over = True
-        # The last token may have been fed already, by a step that ran ahead: it is fed again with what follows.
+        # A step that ran ahead may have been fed the last token: it is fed again, with what follows.
         turn.session.cached = min(turn.session.cached, len(turn.session.token_ids) - 1)
         turn.session.idle_since = self.steps
         if not turn.result.done():

@@ -7,6 +7,9 @@ Not covered: distributions that are edited or cut (`draw` computes these).
 Needs Triton, as `models.token_attention` does.
 """
 
+# Kernels are no Python to a type checker.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch
@@ -26,7 +29,10 @@ def _sum_tiles(
     temperature = tl.load(temperatures + r).to(tl.float32)
     temperature = tl.where(temperature == 0, 1.0, temperature)
     i = tile * TILE + tl.arange(0, TILE)
-    x = tl.load(logits + r * stride + i, mask=i < vocabulary, other=float("-inf")).to(tl.float32) / temperature
+    x = (
+        tl.load(logits + r * stride + i, mask=i < vocabulary, other=float("-inf")).to(tl.float32)
+        / temperature
+    )
     top = tl.max(x, 0)
     total = tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)), 0)
     tl.store(tops + r * count + tile, top)
@@ -56,12 +62,17 @@ def _pick(
     tile = tl.where(tile == TILES, tl.max(tl.where(mass > 0, b, 0), 0), tile)
     rest = threshold - tl.max(tl.where(b < tile, upto, 0.0), 0)
     i = tile * TILE + tl.arange(0, TILE)
-    x = tl.load(logits + r * stride + i, mask=i < vocabulary, other=float("-inf")).to(tl.float32) / temperature
+    x = (
+        tl.load(logits + r * stride + i, mask=i < vocabulary, other=float("-inf")).to(tl.float32)
+        / temperature
+    )
     mass_here = tl.exp(x - highest)
     within = tl.cumsum(mass_here, 0)
     token = tl.min(tl.where((within > rest) & (mass_here > 0), i, vocabulary), 0)
     token = tl.where(token == vocabulary, tl.max(tl.where(mass_here > 0, i, 0), 0), token)
-    token = tl.minimum(tl.where(greedy, tl.load(bests + r * count + tl.argmax(top, 0)), token), vocabulary - 1)
+    token = tl.minimum(
+        tl.where(greedy, tl.load(bests + r * count + tl.argmax(top, 0)), token), vocabulary - 1
+    )
     logit = tl.load(logits + r * stride + token).to(tl.float32) / temperature
     # Not by the largest sum but by all of them, which a NaN anywhere makes one.
     logprob = logit - highest - tl.log(tl.sum(mass, 0))
@@ -84,9 +95,7 @@ def draw(logits_RV: Tensor, u_R: Tensor, temperature_R: Tensor, numbers_R3: Tens
     tops, totals = logits_RV.new_empty(2, rows, count, dtype=torch.float32)
     bests = logits_RV.new_empty(rows, count, dtype=torch.int32)
     shape = vocabulary, logits_RV.stride(0), count
-    _sum_tiles[(rows, count)](
-        logits_RV, temperature_R, tops, totals, bests, *shape, TILE=TILE, num_warps=4
-    )
+    _sum_tiles[(rows, count)](logits_RV, temperature_R, tops, totals, bests, *shape, TILE=TILE, num_warps=4)
     _pick[(rows,)](
         logits_RV, temperature_R, u_R, tops, totals, bests, numbers_R3, tokens_R, *shape,
         TILES=triton.next_power_of_2(count), TILE=TILE, num_warps=4,

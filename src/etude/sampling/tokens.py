@@ -125,12 +125,12 @@ class TokenStep:
         # Two of each: a step is filled while the one before runs, and what that drew is read after that.
         pinned = device.type == "cuda"
         self._sent = [Send(_NUMBERS * MOST, device) for _ in range(2)]
-        self._fetched = [Fetch(torch.zeros(MOST, 3, dtype=torch.float64, pin_memory=pinned)) for _ in range(2)]
+        self._fetched = [
+            Fetch(torch.zeros(MOST, 3, dtype=torch.float64, pin_memory=pinned)) for _ in range(2)
+        ]
 
-    def fill(
-        self, feeds: Sequence[Feed], size: int, rows: Mapping[int, Row], drawn_R: Tensor | None
-    ) -> None:
-        """Set what `size` tokens are told, what is drawn from for feeds in `rows`, and what was drawn before."""
+    def fill(self, feeds: Sequence[Feed], size: int, rows: Mapping[int, Row], drawn_R: Tensor | None) -> None:
+        """Set what `size` tokens are told, how feeds in `rows` are drawn for, and what was drawn before."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []

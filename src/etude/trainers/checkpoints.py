@@ -15,9 +15,10 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
 from etude.errors import CheckpointError
 from etude.models.head_files import load_head
-from etude.models.loading import load_causal_lm, trunk_of
+from etude.models.loading import load_causal_lm
 from etude.models.reward_adapter import adapted, policy_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.wrappers import trunk_of
 
 if TYPE_CHECKING:
     from etude.trainers.online import OnlineTrainer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from etude.models.loading import trunk_of
+from etude.models.wrappers import trunk_of
 
 _LOGGED = ("query", "response", "label")  # what log_stats and reward code read
 

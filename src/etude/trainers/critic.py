@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from etude.errors import ConfigError, ModelError
-from etude.models.loading import trunk_of
 from etude.models.value_model import ValueModel
+from etude.models.wrappers import trunk_of
 from etude.trainers.ppo_config import PPOConfig
 from etude.trainers.setup import Policy, without_value_head
 

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError
+from etude.math.counters import mix
 from etude.math.kl import KLKind
 from etude.math.masked import masked_mean
-from etude.sampling.draw import mix
 from etude.trainers.credit import early_rewards, gathered
 from etude.trainers.experience import Experience, Minibatch, UpdateLog
 from etude.trainers.group_config import GroupConfig

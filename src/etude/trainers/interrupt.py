@@ -10,13 +10,14 @@ from types import FrameType
 
 
 @contextmanager
-def interrupt_after() -> Iterator[None]:
+def interrupt_after() -> Iterator[list[int]]:
     """Hold back Ctrl-C until the block has ended, then raise it: an update is never left half done.
 
-    A second Ctrl-C inside the block doesn't wait. Outside the main thread this does nothing.
+    The block is given a list that is no longer empty once there was one. A second Ctrl-C inside the block
+    doesn't wait. Outside the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield []
         return
     held: list[int] = []
     before = signal.getsignal(signal.SIGINT)
@@ -28,7 +29,7 @@ def interrupt_after() -> Iterator[None]:
 
     signal.signal(signal.SIGINT, hold)
     try:
-        yield
+        yield held
     finally:
         signal.signal(signal.SIGINT, before)
     if held:

@@ -3,8 +3,8 @@
 `observe` computes what stays fixed while the batch is used: log-probabilities and values under the weights
 that sampled it, and the reference policy's. `update` runs epochs of mini-batches over it with whatever
 loss an algorithm gives. Denominators are global, over accumulation steps and processes, so that 1 × 8
-equals 8 × 1, and so that a mini-batch may be cut up to save memory. Within an optimizer step nothing waits for the device:
-the next pass is prepared and launched while one runs.
+equals 8 × 1, and so that a mini-batch may be cut up to save memory. Between the passes of an optimizer step
+nothing waits for the device: the next one is prepared and launched while one runs.
 """
 
 from __future__ import annotations

@@ -31,12 +31,12 @@ from etude.data.files import load_rows
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError
+from etude.math.counters import mix
 from etude.models.value_model import ValueModel
 from etude.reporting.report import write_report
 from etude.reporting.terminal import TrainingDisplay
 from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
-from etude.sampling.draw import mix
 from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
 from etude.trainers.episode_metrics import episode_metrics
@@ -409,6 +409,7 @@ class OnlineTrainer(ABC):
             keep_cache=self.config.keep_cache,
             autocast=self.accelerator.autocast,
             deterministic=self.config.deterministic,
+            cuda_graphs=self.config.cuda_graphs,
         )
 
 

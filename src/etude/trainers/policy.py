@@ -23,16 +23,16 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, ModelError
+from etude.math.counters import mix
 from etude.math.kl import KLKind
 from etude.math.losses import aggregate
 from etude.math.masked import masked_mean
 from etude.math.off_policy import importance_weights
 from etude.models.forward import PolicyForward
-from etude.models.loading import trunk_of, unwrapped
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_model import ValueModel
+from etude.models.wrappers import trunk_of, unwrapped
 from etude.runtime.model_card import write_model_card
-from etude.sampling.draw import mix
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
@@ -121,11 +121,13 @@ class PolicyTrainer(OnlineTrainer):
         if not trainable:
             raise ModelError("no parameter of the model requires a gradient; load it with is_trainable=True")
         check_precision(trainable, optimizer)
-        optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate)
+        fused = self.accelerator.device.type == "cuda"
+        optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate, fused=fused or None)
         self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
-        policy, self.optimizer = self.accelerator.prepare(
-            PolicyForward(model, value_model=value_model), optimizer
-        )
+        forward = PolicyForward(model, value_model=value_model)
+        if config.compile:
+            forward.compile_parts()
+        policy, self.optimizer = self.accelerator.prepare(forward, optimizer)
         reference = None
         if self.ref_model is not None:
             reference = self.accelerator.prepare_model(PolicyForward(self.ref_model), evaluation_mode=True)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from etude.errors import ConfigError, ModelError
 from etude.models.loading import load_causal_lm
@@ -112,3 +112,33 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
         else:
             flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)
     return flat
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """In modules made for it, and where a layer keeps a rate as a number of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def check_fits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether a model can be trained with this tokenizer.
+
+    Raises:
+        ModelError: it has fewer embeddings than the tokenizer has tokens, or a router with a loss of its own.
+    """
+    config: Any = model.config
+    if getattr(config, "output_router_logits", False):
+        raise ModelError(
+            "the load-balancing loss of mixture-of-experts models is not computed here; set "
+            "model.config.output_router_logits = False to train without it"
+        )
+    known: Any = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {known}; call "
+            "model.resize_token_embeddings(len(tokenizer)) after adding tokens"
+        )

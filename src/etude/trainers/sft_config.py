@@ -1,57 +1,48 @@
-"""The settings of supervised fine-tuning. Beside the trainer, so that reading them loads no model code."""
+"""The settings of supervised fine-tuning."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from transformers import TrainingArguments
+from dataclasses import dataclass
+from typing import Literal
 
 from etude.errors import ConfigError
+from etude.trainers.data_config import DataConfig
 
 
 @dataclass
-class SFTConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what supervised fine-tuning adds.
+class SFTConfig(DataConfig):
+    """`DataConfig` and what supervised fine-tuning adds.
 
     Attributes:
-        learning_rate: of AdamW; 2e-5 unless given.
-        logging_steps: 10 unless given.
-        logging_nan_inf_filter: False unless given: a loss of NaN is shown as it is.
-        remove_unused_columns: False unless given: the dataset holds what the loss needs and nothing else.
-        label_names: the dataset's own column of labels.
-        max_length: longer rows lose their end, and it is said how many did. None keeps everything.
         completion_only_loss: learn the completion only. None: True where rows have one (prompt and
             completion, segments).
         assistant_only_loss: in messages, learn what the assistant says only.
         append_eos: end texts, completions and segments with the end-of-sequence token.
-        pad_to_multiple_of: rounds the length of each batch up.
-        dataset_num_proc: processes that tokenise.
-        model_init_kwargs: for `from_pretrained`, where the model is given by name.
+        packing: fill each row of a batch with as many rows of the data as fit max_length tokens. They never
+            see each other; steps get fewer and fuller.
+        packing_strategy: what becomes of rows longer than max_length: bfd cuts off their end, bfd_split makes
+            rows of their own of the pieces. Both fill by best-fit decreasing.
+        loss_type: nll is the cross entropy; dft weighs each token by its own probability (dynamic
+            fine-tuning, Wu et al. 2025, arXiv:2508.05629).
+        neftune_noise_alpha: noise on the input embeddings of this strength (Jain et al. 2023); 5 to 15.
     """
 
-    learning_rate: float = 2e-5
-    logging_steps: float = 10
-    logging_nan_inf_filter: bool = False
-    remove_unused_columns: bool = False
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
-    max_length: int | None = 1024
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = True
-    append_eos: bool = True
-    pad_to_multiple_of: int | None = None
-    dataset_num_proc: int | None = None
-    model_init_kwargs: dict[str, Any] | None = None
-
-    # `TrainingArguments` reads these from JSON where they come as strings.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    packing: bool = False
+    packing_strategy: Literal["bfd", "bfd_split"] = "bfd"
+    loss_type: Literal["nll", "dft"] = "nll"
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 2:
+        if self.packing and self.max_length is None:
+            raise ConfigError("packing fills rows up to max_length tokens; set max_length too")
+        if self.packing_strategy not in ("bfd", "bfd_split"):
             raise ConfigError(
-                f"max_length is {self.max_length}; expected None or at least 2: one to read, one to learn"
+                f"packing_strategy is {self.packing_strategy!r}; expected bfd or bfd_split. (What is called "
+                "wrapped elsewhere lets texts read their neighbours; bfd_split keeps all tokens without that)"
             )
+        if self.loss_type not in ("nll", "dft"):
+            raise ConfigError(f"loss_type is {self.loss_type!r}; expected nll or dft")
+        if self.loss_type == "dft" and self.label_smoothing_factor:
+            raise ConfigError("label_smoothing_factor belongs to the loss nll; leave it out with dft")
         super().__post_init__()
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns

@@ -1,0 +1,35 @@
+"""Our side of the SFT benchmarks, in a worker process: the time of steps, or the memory of one."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import psutil
+
+from benchmarks import sft_work, wide
+from benchmarks.common import Answer, serve
+from benchmarks.scripted import describe
+from etude import SFTConfig, SFTTrainer
+
+
+def answer(model: str, before: int, request: dict[str, Any]) -> dict[str, Any]:
+    made = sft_work.make_model(model, request.get("attention"))
+    times = sft_work.train(SFTTrainer, SFTConfig, made, request)
+    return {**times, "bytes": wide.peak_bytes() - before}
+
+
+def start(model: str) -> tuple[dict[str, Any], Answer]:
+    before = psutil.Process().memory_info().rss
+    return describe(sft_work.make_model(model), "etude"), partial(answer, model, before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=sft_work.MODELS)
+    serve(partial(start, parser.parse_args().model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""`etude eval`: how well a model does on tasks, clean and under noise, perhaps beside another model.
+
+The script behind the command: copy it and change what you like.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from etude.app.arguments import EnvironmentArguments, FixedModelArguments
+from etude.app.environment import EnvironmentCode
+from etude.app.eval_arguments import EvalTaskArguments, EvaluationArguments
+from etude.app.references import load_object
+from etude.data.noise import SHIPPED, Noise, Paraphrase, as_noise
+from etude.errors import ConfigError
+from etude.evaluation.evaluate import Evaluation, evaluate
+from etude.evaluation.record import write_evaluation
+from etude.models.loading import best_device, load_causal_lm, load_tokenizer
+from etude.reporting.terminal import TrainingDisplay
+from etude.runtime.run import RunDirectory
+from etude.sampling.local import LocalSampler
+
+_FOR_TOOLS = [name for name in SHIPPED if name != "paraphrase"]  # a reply is no request
+
+
+def run(
+    model_arguments: FixedModelArguments,
+    tasks: EvalTaskArguments,
+    episodes: EnvironmentArguments,
+    config: EvaluationArguments,
+) -> None:
+    """Play, print a table, and leave numbers, episodes and a report in `config.output_dir`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("etude eval runs in one process; start it without accelerate launch")
+    directory = _open(config)
+    code = EnvironmentCode.load(episodes)
+    rows = tasks.rows()
+    noises = {
+        "noise": load_noises(config.noise, list(SHIPPED), config.paraphrases),
+        "tool_noise": load_noises(config.tool_noise, _FOR_TOOLS),
+    }
+    models = [model_arguments]
+    if config.compare_to is not None:
+        other = replace(model_arguments, model_name_or_path=config.compare_to)
+        models.append(replace(other, model_revision=config.compare_revision))
+    found, tokenizers = [], []
+    for arguments in models:
+        evaluation, tokenizer = _evaluate(arguments, code, rows, config, noises)
+        found.append(evaluation)
+        tokenizers.append(tokenizer)
+    found[0].show(*found[1:])
+    settings = {**asdict(model_arguments), **asdict(tasks), **asdict(episodes), **asdict(config)}
+    directory.write_config(settings)
+    report = write_evaluation(directory, found, tokenizers, episodes_to_log=config.episodes_to_log)
+    print(f"report: {report}")
+
+
+def load_noises(
+    references: Sequence[str], everything: Sequence[str], paraphrases: Sequence[str] = ()
+) -> dict[str, Noise]:
+    """Noises under the names that were written.
+
+    Args:
+        references: names of shipped noises, perhaps with arguments, or code references.
+        everything: what "all" stands for.
+        paraphrases: templates of the noise paraphrase, instead of its own.
+
+    Raises:
+        ConfigError: one leads nowhere, is no noise, or is there twice.
+    """
+    found: dict[str, Noise] = {}
+    for name in [each for reference in references for each in _expanded(reference, everything)]:
+        if name in found:
+            raise ConfigError(f"the noise {name} is there twice; name it once")
+        if name == "paraphrase" and paraphrases:
+            found[name] = Paraphrase(list(paraphrases))
+        else:
+            found[name] = as_noise(_load(name))
+    return found
+
+
+def _expanded(reference: str, everything: Sequence[str]) -> Sequence[str]:
+    return everything if reference == "all" else [reference]
+
+
+def _load(reference: str) -> Any:
+    head, arguments = re.fullmatch(r"(\w*)(.*)", reference, re.DOTALL).groups()  # type: ignore[union-attr]
+    if head in SHIPPED and arguments[:1] in ("", "("):
+        return load_object(f"etude.data.noise:{SHIPPED[head].__name__}{arguments or '()'}")
+    if ":" not in reference:
+        raise ConfigError(
+            f"there is no noise {reference!r}; expected one of {', '.join(SHIPPED)}, perhaps with arguments "
+            "in parentheses, or for your own code file.py:name or package.module:name"
+        )
+    return load_object(reference)
+
+
+def _open(config: EvaluationArguments) -> RunDirectory:
+    directory = RunDirectory(config.output_dir)
+    if directory.read_metrics():
+        raise ConfigError(f"{directory.path} holds a training run; choose another output_dir")
+    if directory.read_evaluation():
+        if not config.overwrite_output_dir:
+            raise ConfigError(
+                f"{directory.path} holds an earlier evaluation; choose another output_dir, or replace it "
+                "with overwrite_output_dir"
+            )
+        directory.reset()
+    return directory
+
+
+def _evaluate(
+    arguments: FixedModelArguments,
+    code: EnvironmentCode,
+    rows: Any,
+    config: EvaluationArguments,
+    noises: dict[str, dict[str, Noise]],
+) -> tuple[Evaluation, Any]:
+    """One model's evaluation, and its tokenizer."""
+    name = arguments.model_name_or_path
+    tokenizer = load_tokenizer(**arguments.tokenizer_place)
+    model = load_causal_lm(name, device=best_device(), is_trainable=False, **arguments.loading)
+    sampler = LocalSampler(
+        model,
+        tokenizer,
+        slots=config.slots,
+        max_length=code.settings.max_length,
+        cache_bytes=config.cache_bytes,
+        deterministic=config.deterministic,
+    )
+    conditions = 1 + sum(map(len, noises.values()))
+    display = TrainingDisplay(conditions * len(rows) * config.samples, title=Path(name).name)
+    display.message(sampler.describe())
+    played = 0
+
+    def count(condition: str, _: Any) -> None:
+        nonlocal played
+        played += 1
+        display.title = f"{Path(name).name} {condition}"
+        display.update(played, {})
+
+    with display:
+        evaluation = evaluate(
+            code.environment(model, tokenizer, sampler=sampler),
+            rows,
+            **noises,
+            samples=config.samples,
+            greedy=config.greedy,
+            pass_at=config.pass_at,
+            distinct=config.distinct,
+            success_reward=config.success_reward,
+            confidence=config.confidence,
+            seed=config.seed,
+            columns=config.noise_columns,
+            name=name if arguments.model_revision is None else f"{name} ({arguments.model_revision})",
+            on_episode=count,
+        )
+    return evaluation, tokenizer

@@ -1,0 +1,126 @@
+"""What episodes come to, task by task: the sums from which every number of an evaluation is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import eq
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from etude.math.estimates import Distinct, distinct, pass_at_k
+from etude.types import Episode, StopReason
+
+Episodes = Sequence[Sequence[Episode]]  # by task and sample
+
+
+class Counted(NamedTuple):
+    """A quantity by task, float64 [N] each: its sum over the task's episodes, and what it is divided by."""
+
+    sums_N: Tensor
+    counts_N: Tensor
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The sums of all tasks under one condition.
+
+    Attributes:
+        rates: shares of episodes, calls or tasks, by name.
+        means: quantities per episode, by name.
+        distinct: distinct-n by name.
+        episodes: how many were played to an end.
+    """
+
+    rates: dict[str, Counted]
+    means: dict[str, Counted]
+    distinct: dict[str, Distinct]
+    episodes: int
+
+
+def tally(
+    episodes_NS: Episodes,
+    *,
+    success_reward: float,
+    pass_at: Sequence[int] = (),
+    distinct_n: Sequence[int] = (),
+    bait: str | None = None,
+) -> Tally:
+    """Count what happened. Episodes lost to our own failures count for `stop/infrastructure` only.
+
+    `success` is the share of episodes whose reward reaches `success_reward`, `pass@k` the chance that one of
+    k does; `tool_use` the share that called a tool, `tool_errors` the share of calls that failed, and
+    `tool_errors/<class>` of those that failed so; `obeyed` the share whose own words have the bait in them;
+    `stop/<reason>` the share that ended for it. `rewards/<name>` (of several) is without its weight, over the
+    episodes to which it applies; `tokens` counts sampled ones.
+    """
+    played = [[e for e in task if e.stop is not StopReason.INFRASTRUCTURE] for task in episodes_NS]
+
+    def success(episode: Episode) -> bool:
+        return episode.reward >= success_reward
+
+    rates = {"success": _per_episode(played, success)}
+    for k in pass_at:
+        rates[f"pass@{k}"] = _pass_at(played, success, k)
+    rates["tool_use"] = _per_episode(played, lambda e: bool(e.tool_calls))
+    classes = sorted({c.error for task in played for e in task for c in e.tool_calls if c.error is not None})
+    rates["tool_errors"] = _per_call(played, lambda error: error is not None)
+    for name in classes:
+        rates[f"tool_errors/{name}"] = _per_call(played, partial(eq, name))
+    if bait is not None:
+        rates["obeyed"] = _per_episode(played, lambda e: bait.casefold() in e.completion.casefold())
+    for reason in StopReason:
+        rates[f"stop/{reason.value}"] = _per_episode(episodes_NS, partial(_stopped, reason))
+    means = {"reward": _per_episode(played, lambda e: e.reward), **_rewards(played)}
+    means["tokens"] = _per_episode(played, lambda e: sum(e.sampled))
+    means["turns"] = _per_episode(played, lambda e: e.turns)
+    means["tool_calls"] = _per_episode(played, lambda e: len(e.tool_calls))
+    said = [[s.token_ids for e in task for s in e.segments if s.sampled] for task in played]
+    return Tally(
+        rates=rates,
+        means=means,
+        distinct={f"distinct_{n}": distinct(said, n) for n in distinct_n},
+        episodes=sum(map(len, played)),
+    )
+
+
+def _counted(pairs: Iterable[tuple[float, float]]) -> Counted:
+    sums, counts = zip(*pairs, strict=True)
+    return Counted(torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
+
+
+def _stopped(reason: StopReason, episode: Episode) -> bool:
+    return episode.stop is reason
+
+
+def _per_episode(episodes_NS: Episodes, value: Callable[[Episode], float]) -> Counted:
+    return _counted((sum(value(e) for e in task), len(task)) for task in episodes_NS)
+
+
+def _per_call(episodes_NS: Episodes, is_meant: Callable[[str | None], bool]) -> Counted:
+    errors = [[call.error for e in task for call in e.tool_calls] for task in episodes_NS]
+    return _counted((sum(map(is_meant, task)), len(task)) for task in errors)
+
+
+def _pass_at(episodes_NS: Episodes, success: Callable[[Episode], bool], k: int) -> Counted:
+    """An estimate per task; a task of which fewer than k samples were played has none."""
+    return _counted(
+        (pass_at_k(len(task), sum(map(success, task)), k), 1.0) if len(task) >= k else (0.0, 0.0)
+        for task in episodes_NS
+    )
+
+
+def _rewards(episodes_NS: Episodes) -> dict[str, Counted]:
+    totals = [[e.reward_totals for e in task] for task in episodes_NS]
+    names = dict.fromkeys(name for task in totals for each in task for name in each)
+    found = {}
+    for name in names if len(names) > 1 else ():
+        values = [
+            [each[name].value for each in task if name in each and each[name].value is not None]
+            for task in totals
+        ]
+        found[f"rewards/{name}"] = _counted((sum(task), len(task)) for task in values)  # type: ignore[arg-type]
+    return found
