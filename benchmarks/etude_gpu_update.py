@@ -83,11 +83,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def start(checkpoint: str, device: str) -> tuple[dict[str, Any], Answer]:
+def start(checkpoint: str, device: str, compiled: bool) -> tuple[dict[str, Any], Answer]:
     model = load_causal_lm(checkpoint)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
-    policy, optimizer = accelerator.prepare(PolicyForward(model), optimizer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, fused=device != "cpu")
+    policy = PolicyForward(model)
+    if compiled:
+        policy.compile_parts()
+    policy, optimizer = accelerator.prepare(policy, optimizer)
     learner = Learner(
         accelerator,
         policy,
@@ -108,8 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compiled", action="store_true")
     arguments = parser.parse_args()
-    serve(partial(start, arguments.checkpoint, arguments.device))
+    serve(partial(start, arguments.checkpoint, arguments.device, arguments.compiled))
 
 
 if __name__ == "__main__":

@@ -54,17 +54,16 @@ def gpu_generate(options: Options) -> Json:
     """256 episodes of 4 turns with tools of 100 ms, tokens per second, ours over `generate`."""
     checkpoint, config = make_checkpoint(options.device)
     shape = replace(EPISODES, episodes=8) if options.quick else EPISODES
-    few = replace(shape, episodes=min(shape.episodes, 64))
-    slots = shape.episodes
+    one_turn = replace(shape, turns=1)
+    slots, sampling = shape.episodes, sampler_options(options.device)
     with ExitStack() as stack:
         ours = stack.enter_context(our_side(checkpoint, options.device))
         theirs = stack.enter_context(transformers_side("generate", checkpoint, options.device))
         common.check_comparable(ours, theirs)
-        first = make_request(few, 0, config.vocab_size, slots=slots, tool_ms=TOOL_MS)
-        ours.ask(first)
-        tried = theirs.ask({**make_request(shape, 0, config.vocab_size, tool_ms=TOOL_MS), "kind": "tune"})
+        ours.ask(make_request(shape, 0, config.vocab_size, slots=slots, tool_ms=TOOL_MS, **sampling))
+        tried = theirs.ask({**make_request(one_turn, 0, config.vocab_size), "kind": "tune"})
         requests = [
-            make_request(shape, seed, config.vocab_size, slots=slots, tool_ms=TOOL_MS)
+            make_request(shape, seed, config.vocab_size, slots=slots, tool_ms=TOOL_MS, **sampling)
             for seed in range(1, options.runs + 1)
         ]
         answers = common.alternate([ours, theirs], requests)
@@ -72,7 +71,13 @@ def gpu_generate(options: Options) -> Json:
     return {
         "ratio": rates["etude"] / rates["generate"],
         "tokens_per_second": rates,
-        "settings": {**asdict(shape), "slots": slots, "tool_ms": TOOL_MS, "model": config.to_dict()},
+        "settings": {
+            **asdict(shape),
+            "slots": slots,
+            "tool_ms": TOOL_MS,
+            **sampling,
+            "model": config.to_dict(),
+        },
         "tuning": tried["tried"],
         "sides": {side.name: side.about for side in (ours, theirs)},
         "runs": answers,
@@ -84,6 +89,7 @@ def gpu_bandwidth(options: Options) -> Json:
     checkpoint, config = make_checkpoint(options.device)
     rows, history, steps = (4, 64, 8) if options.quick else (64, 1024, 128)
     asked = {"kind": "decode", "rows": rows, "history": history, "steps": steps}
+    asked["options"] = sampler_options(options.device)
     with our_side(checkpoint, options.device) as ours:
         memory = ours.ask({"kind": "memory", "bytes": (1 << 24) if options.quick else 1 << 32})
         ours.ask({**asked, "seed": 0, "steps": 2})
@@ -106,10 +112,14 @@ def gpu_bandwidth(options: Options) -> Json:
 def gpu_mfu(options: Options) -> Json:
     """Model-FLOP utilisation of an update: floating-point operations per second over the device's peak."""
     checkpoint, config = make_checkpoint(options.device)
-    work = {"kind": "update", "episodes": 64, "tokens": 1024, "tokens_per_pass": 16_384}
+    work = {"kind": "update", "episodes": 64, "tokens": 1024, "tokens_per_pass": 32_768}
     if options.quick:
         work |= {"episodes": 4, "tokens": 64, "tokens_per_pass": 128}
-    arguments = [str(checkpoint), f"--device={options.device}"]
+    arguments = [
+        str(checkpoint),
+        f"--device={options.device}",
+        *(["--compiled"] if options.device == "cuda" else []),
+    ]
     with Side("etude", Path(sys.executable), "benchmarks.etude_gpu_update", *arguments) as ours:
         product = ours.ask({"kind": "multiply", "size": 256 if options.quick else 8192, "times": 20})
         ours.ask({**work, "seed": 0})
@@ -129,6 +139,11 @@ def gpu_mfu(options: Options) -> Json:
         "sides": {"etude": ours.about},
         "runs": answers,
     }
+
+
+def sampler_options(device: str) -> Json:
+    """Of our sampler: what is fastest on that device."""
+    return {"cuda_graphs": True, "prefill_tokens": 16_384} if device == "cuda" else {}
 
 
 @cache

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks import common, workload
 from benchmarks.common import Json, Options, Row, Side
@@ -28,9 +29,9 @@ WARM_UP = replace(SHAPE, episodes=64)
 
 
 def our_side(checkpoint: Path, device: str = "cpu") -> Side:
-    return Side(
-        "etude", Path(sys.executable), "benchmarks.etude_sampling", str(checkpoint), "--device", device
-    )
+    """On a GPU with compiled layers, which every session of a training run has after its first seconds."""
+    arguments = [str(checkpoint), "--device", device, *(["--compiled"] if device == "cuda" else [])]
+    return Side("etude", Path(sys.executable), "benchmarks.etude_sampling", *arguments)
 
 
 def transformers_side(way: str, checkpoint: Path, device: str = "cpu") -> Side:
@@ -77,10 +78,16 @@ def engines(options: Options, *, peer: Callable[[Path], Side], tuned: bool) -> J
 
 
 def make_request(
-    shape: workload.Shape, seed: int, vocabulary: int = VOCABULARY, *, slots: int = SLOTS, tool_ms: float = 0
+    shape: workload.Shape,
+    seed: int,
+    vocabulary: int = VOCABULARY,
+    *,
+    slots: int = SLOTS,
+    tool_ms: float = 0,
+    **options: Any,
 ) -> Json:
     path = workload.write(WORKLOADS / f"workload-{seed}.json", shape, vocabulary, seed)
-    return {"kind": "play", "workload": str(path), "slots": slots, "tool_ms": tool_ms}
+    return {"kind": "play", "workload": str(path), "slots": slots, "tool_ms": tool_ms, "options": options}
 
 
 def steady(options: Options) -> Json:

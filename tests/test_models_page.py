@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import transformers as t
 from decoder_families import FAMILIES, PADS_RIGHT, WIDE, make_family
-from etude.models.adapters import add_adapter, lora_config
 from peft import LoraConfig, PromptTuningConfig
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.forward import PolicyForward
 from etude.models.packing import supports_packing
 from etude.models.value_head import AutoModelForCausalLMWithValueHead

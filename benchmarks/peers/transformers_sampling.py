@@ -54,7 +54,7 @@ class Generate:
         self.model = model
         # On a GPU `generate` compiles its forward for every new shape of a static cache: each turn has one.
         gpu = model.device.type != "cpu"
-        rows, caches = ((64, 128, 256), ("dynamic",)) if gpu else ((16, 32, 64), ("dynamic", "static"))
+        rows, caches = ((256, 128), ("dynamic",)) if gpu else ((16, 32, 64), ("dynamic", "static"))
         self.candidates = [{"rows": n, "cache": cache} for n, cache in product(rows, caches)]
 
     def play(self, episodes: Sequence[list[Turn]], settings: Settings, tool_ms: float) -> Played:

@@ -5,11 +5,11 @@ import inspect
 import pytest
 import torch
 from decoder_families import FAMILIES, PADS_RIGHT, VOCAB, make_family
-from etude.models.adapters import lora_config
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
 
 from etude.errors import ModelError
+from etude.models.adapters import lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 
 LENGTHS = (5, 14, 3, 9)

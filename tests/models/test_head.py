@@ -6,12 +6,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import transformers as t
-from etude.models.adapters import add_adapter
 from hypothesis import given
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.data.batch import PackedBatch, Trajectory
+from etude.models.adapters import add_adapter
 from etude.models.forward import PolicyForward
 from etude.models.head import ChunkedHead, chunk_rows
 from etude.models.linear_head import Finish, LinearHead, LinearTotal

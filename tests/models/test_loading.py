@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from etude.models.adapters import add_adapter, lora_config
-from etude.models.wrappers import trunk_of, unwrapped
 from huggingface_hub import constants
 from peft import PeftModel
 from tokenizers import Tokenizer
@@ -31,8 +29,10 @@ from transformers import (
 )
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.loading import best_device, load_causal_lm, load_tokenizer
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.wrappers import trunk_of, unwrapped
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from etude.models.adapters import add_adapter, lora_config
-from etude.models.wrappers import trunk_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,8 +19,10 @@ from transformers import (
 )
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.wrappers import trunk_of
 
 LAYERS, TOKENS = 3, torch.tensor([[3, 9, 27, 4, 8], [5, 25, 1, 7, 2]])
 _SIZES = {"vocab_size": 31, "tie_word_embeddings": False}

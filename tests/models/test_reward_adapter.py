@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from etude.models.adapters import add_adapter, current_peft, lora_config
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, current_peft, lora_config
 from etude.models.loading import load_causal_lm
 from etude.models.reference import reference_by_disabled_adapters
 from etude.models.reward_adapter import RewardAdapter, policy_adapters

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from etude.models.adapters import add_adapter, lora_config
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from scoring_models import make
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.loading import load_causal_lm
 from etude.models.reward_model import add_scoring_adapter, kind_in, load_reward_model
 from etude.models.score_head import score_layer

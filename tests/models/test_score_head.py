@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from etude.models.adapters import add_adapter, lora_config
 from peft import LoraConfig
 from scoring_models import make
 from transformers import LlamaForSequenceClassification, MambaConfig, MambaForCausalLM
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.reward_model import add_scoring_adapter
 from etude.models.score_head import head_modules, kind_of, score_layer, with_score_head
 from etude.models.value_head import AutoModelForCausalLMWithValueHead

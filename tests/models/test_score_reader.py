@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from etude.models.adapters import current_peft
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scoring_models import SCORERS, make
 from transformers import XLNetConfig, XLNetForSequenceClassification
 
 from etude.data.scored import pack_scored
 from etude.errors import ModelError
+from etude.models.adapters import current_peft
 from etude.models.reward_model import add_scoring_adapter
 from etude.models.score_reader import ScoreReader
 

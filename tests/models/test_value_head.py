@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from etude.models.adapters import add_adapter, lora_config
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file, save_file
@@ -34,6 +33,7 @@ from transformers import (
 )
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead, ValueHead
 
 ValueModel = AutoModelForCausalLMWithValueHead

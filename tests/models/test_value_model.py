@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from etude.models.adapters import add_adapter, current_peft, lora_config
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from etude.errors import ModelError
+from etude.models.adapters import add_adapter, current_peft, lora_config
 from etude.models.loading import load_causal_lm
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.models.value_model import ValueModel

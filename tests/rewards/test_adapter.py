@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from etude.models.adapters import current_peft, lora_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, ModelError, RewardError
+from etude.models.adapters import current_peft, lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.protocols import Reward
 from etude.rewards.adapter import AdapterReward

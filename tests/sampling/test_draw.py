@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etude.sampling.draw import Row, draw, draw_each, mix, uniform
+from etude.sampling.draw import Row, begin_draw_each, draw, mix, uniform, uniforms
 from etude.types import SamplingParams
 
 
@@ -61,6 +61,12 @@ def test_rows_with_different_parameters_share_a_batch():
     assert together.sampling_logprobs[2] == 0.0
 
 
+@given(st.lists(st.tuples(st.integers(-(2**70), 2**70), st.integers(0, 2**40)), min_size=1, max_size=9))
+def test_streams_of_many_rows_are_those_of_each(streams):
+    rows = [Row(SamplingParams(), seed, position, None, 0) for seed, position in streams]
+    assert uniforms(rows).tolist() == [uniform(seed, position) for seed, position in streams]
+
+
 def test_rows_drawn_each_by_itself():
     """What `draw` gives to the last digits, and to the last bit what it gives each row alone."""
     logits = torch.randn(6, 61, generator=torch.Generator().manual_seed(0))
@@ -68,7 +74,7 @@ def test_rows_drawn_each_by_itself():
     kinds = [SamplingParams(), SamplingParams(top_p=0.7), SamplingParams(temperature=0), SamplingParams()]
     kinds += [SamplingParams(), SamplingParams(temperature=0.6, top_k=9)]
     rows = [row(params, seed=i) for i, params in enumerate(kinds)]
-    together, each = draw(logits, rows), draw_each(logits, rows)
+    together, each = draw(logits, rows), begin_draw_each(logits, rows).known()
     assert [*each.failures] == [*together.failures] == [4]
     assert str(each.failures[4]) == str(together.failures[4])
     for i in (0, 1, 2, 3, 5):

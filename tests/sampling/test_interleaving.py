@@ -30,6 +30,7 @@ from etude.runtime.loop import run_sync
 from etude.sampling.draw import Row, draw, uniform
 from etude.sampling.local import LocalSampler
 from etude.sampling.solo import SoloBackend
+from etude.sampling.tokens import TokenBackend
 from etude.types import SamplingParams
 
 VOCAB = 61
@@ -215,7 +216,9 @@ def happenings(draw_):
 @pytest.fixture(autouse=True, scope="module")
 def _slots_start_short():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("etude.sampling.slots.FIRST_LENGTH", 8)  # so that they grow in so short episodes
+        patch.setattr(
+            "etude.sampling.memory.CacheLimits.__init__.__defaults__", (0, 8)
+        )  # so that they grow in so short episodes
         yield
 
 
@@ -268,12 +271,26 @@ async def play(sampler, model, weights, happening):
     return outs
 
 
+def changed_backend(backend, way):
+    """The same cache, as a GPU has it: token by token, each step launched before the last is known."""
+    if way == "tokens":
+        return TokenBackend(backend)
+    backend.runs_ahead = way == "ahead"
+    return backend
+
+
 # The families share the draws out: each is one way of computing, and the schedule is the same for all.
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("family", MAKE)
+@pytest.mark.parametrize(
+    ("family", "dtype", "way"),
+    [
+        *((family, dtype, "as it is") for family in MAKE for dtype in (torch.float64, torch.float32)),
+        *((family, torch.float64, "ahead") for family in ("llama", "gpt2")),
+        *((family, torch.float64, "tokens") for family in ("llama", "mistral")),
+    ],
+)
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(happening=happenings())
-def test_any_interleaving_gives_the_tokens_of_one_by_one(family, dtype, happening):
+def test_any_interleaving_gives_the_tokens_of_one_by_one(family, dtype, way, happening):
     model, weights, still, moving = setting(family, dtype)
     load(model, weights[0])
     budget = None
@@ -284,6 +301,7 @@ def test_any_interleaving_gives_the_tokens_of_one_by_one(family, dtype, happenin
         model, TOKENIZER, slots=happening.slots, prefill_tokens=happening.prefill, cache_bytes=budget
     )
     assert isinstance(sampler._backend, SoloBackend) is (family == "gptj")
+    sampler._backend = changed_backend(sampler._backend, way)
     outs = run_sync(play(sampler, model, weights, happening))
     load(model, weights[0])
     for index, out, cancelled in zip(happening.scripts, outs, happening.cancelled, strict=True):

@@ -25,8 +25,8 @@ from etude.errors import CacheBudgetError, SamplerError
 from etude.models import attention
 from etude.protocols import Sampler
 from etude.runtime.loop import run_sync
-from etude.sampling.backends import PackedBackend
 from etude.sampling.local import LocalSampler
+from etude.sampling.packed import PackedBackend
 from etude.sampling.solo import SoloBackend
 from etude.types import SamplingParams
 

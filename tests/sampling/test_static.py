@@ -34,10 +34,11 @@ from transformers import (
 from etude.errors import CacheBudgetError, ConfigError
 from etude.models.attention import install
 from etude.runtime.loop import run_sync
-from etude.sampling.backends import PackedBackend, choose_backend
+from etude.sampling.backends import choose_backend
 from etude.sampling.feeds import Feed
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
+from etude.sampling.packed import PackedBackend
 from etude.sampling.solo import SoloBackend
 from etude.sampling.static import StaticBackend, rows_are_alike
 from etude.types import SamplingParams
@@ -389,10 +390,12 @@ def test_replays_follow_the_weights():
     logits(Feed(0, 6, [1]))
     assert len(captures) == 1
     model.lm_head.weight.mul_(-0.5)
+    backend.weights_changed()
     after = logits(Feed(0, 5, [1]), Feed(2, 5, [2]))
     assert len(captures) == 1
     torch.testing.assert_close(after, -0.5 * before)
     model.lm_head.weight.data = model.lm_head.weight * 3.0
+    backend.weights_changed()  # as the sampler says, who watches them
     torch.testing.assert_close(logits(Feed(0, 5, [1]), Feed(2, 5, [2])), -1.5 * before)
     assert len(captures) == 2
     for grown in (backend, eager):

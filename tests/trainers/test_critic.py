@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from etude.models.adapters import add_adapter, lora_config
 from transformers import AutoModelForSequenceClassification
 
 from etude.environments.text import TextEnvironment
 from etude.errors import CheckpointError, ConfigError, ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.models.value_model import ValueModel
 from etude.runtime.run import RunDirectory

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from decoder_families import FAMILIES, VOCAB, make_family
-from etude.models.adapters import add_adapter, lora_config
 
 from etude.data.batch import Trajectory
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.trainers.group_config import GRPOConfig
 from etude.trainers.grpo import GRPOTrainer

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from etude.models.adapters import add_adapter, lora_config
 
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, ModelError, RewardError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.forward import PolicyForward
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.runtime.run import RunDirectory

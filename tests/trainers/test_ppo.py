@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from etude.models.adapters import add_adapter
 from peft import LoraConfig
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from etude.data.batch import Trajectory
 from etude.errors import ConfigError, DataError, ModelError, RewardError
+from etude.models.adapters import add_adapter
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.models.value_model import ValueModel
 from etude.trainers.ppo import PPOTrainer

@@ -5,11 +5,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from decoder_families import FAMILIES, make_family
-from etude.models.adapters import add_adapter, lora_config
 
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, ModelError
+from etude.models.adapters import add_adapter, lora_config
 from etude.models.loading import load_causal_lm
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.runtime.run import RunDirectory

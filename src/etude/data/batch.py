@@ -17,6 +17,7 @@ from torch import Tensor
 
 from etude.data.families import Layout
 from etude.errors import DataError
+from etude.math.placing import place
 from etude.types import STOP_POLICIES, Episode, NamedReward, StopPolicy, StopReason
 
 
@@ -145,14 +146,14 @@ class PackedBatch:
             if t.bootstrap
         ]
         return cls(
-            input_ids=torch.cat(layout.pieces).to(device),
+            input_ids=place(torch.cat(layout.pieces), device),
             lengths=[len(piece) for piece in layout.pieces],
             prefixes=layout.prefixes,
-            states=torch.cat(states).to(device),
-            targets=torch.cat([t.token_ids[t.sampled] for t in trajectories]).to(device),
-            last_states=torch.cat([states[0][:0], *ends]).to(device),
-            mask=mask_BN.to(device),
-            bootstrap=torch.tensor([t.bootstrap for t in trajectories], device=device),
+            states=place(torch.cat(states), device),
+            targets=place(torch.cat([t.token_ids[t.sampled] for t in trajectories]), device),
+            last_states=place(torch.cat([states[0][:0], *ends]), device),
+            mask=place(mask_BN, device),
+            bootstrap=place([t.bootstrap for t in trajectories], device),
         )
 
     def unpack(self, values_M: Tensor) -> Tensor:

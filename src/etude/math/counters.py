@@ -6,7 +6,10 @@ else was drawn, in whatever order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
+
+import numpy as np
 
 _MASK = (1 << 64) - 1
 
@@ -19,6 +22,18 @@ def mix(*words: int) -> int:
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
+    return state
+
+
+def mix_pairs(words: Sequence[tuple[int, int]]) -> np.ndarray:
+    """`mix` of each pair, [N] uint64."""
+    columns = np.array([(a & _MASK, b & _MASK) for a, b in words], dtype=np.uint64).reshape(-1, 2).T
+    state = np.zeros(len(words), dtype=np.uint64)
+    for word in columns:  # arrays wrap around without a warning
+        state = state + word + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
     return state
 
 

@@ -15,21 +15,23 @@ whatever mixes tokens outside attention (convolutions, recurrent states). `model
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout as dropped
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from etude.errors import ModelError
-from etude.models.plans import PLAN, Branches, Decoding, PackedPlan, SharedPrefix, StaticPlan
+from etude.models.cached_attention import attend_cached
+from etude.models.plans import PLAN, Branches, PackedPlan, StaticPlan, TokenPlan
+from etude.models.single_attention import Scores, attend, grouped, looks_back
 
 QKV = tuple[Tensor, ...]  # queries, keys, values
 
@@ -37,33 +39,12 @@ _PREFIX = "etude_"
 _KNOWN_TENSORS = ("position_ids", "cache_position")  # that families hand on, and attention needn't know
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What is done to q·k before the softmax, and beside it.
-
-    Attributes:
-        scaling: the factor of q·k; 1/√d if None.
-        softcap: scores are squashed into ±softcap, softcap · tanh(score / softcap) (Gemma 2).
-        sinks_H: per head, the score of a key that every query sees and that has no value (GPT-OSS).
-        dropout: the share of weights that is left out.
-    """
-
-    scaling: float | None = None
-    softcap: float | None = None
-    sinks_H: Tensor | None = None
-    dropout: float = 0.0
-
-    @property
-    def plain(self) -> bool:
-        return self.softcap is None and self.sinks_H is None
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: PackedPlan | StaticPlan,
+    plan: PackedPlan | TokenPlan | StaticPlan,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -85,7 +66,8 @@ def packed_attention(
     for name, tensor in others.items():
         if isinstance(tensor, Tensor) and name not in _KNOWN_TENSORS:
             raise ModelError(f"packed attention doesn't serve {name!r} ({type(module).__name__})")
-    query, key, value = query[0], key[0], value[0]
+    # Rotations leave autocast's precision, which the products below would return to: the cache is smaller so.
+    query, key, value = (_computing(tensor[0]) for tensor in (query, key, value))
     keeps_all = plan.cache is not None or not plan.dropout
     scores = Scores(scaling, softcap, s_aux, 0.0 if keeps_all else dropout)
     layer: int | None = getattr(module, "layer_idx", None)
@@ -97,13 +79,16 @@ def packed_attention(
     elif layer is None:
         raise ModelError(f"{type(module).__name__} has no layer_idx, by which the cache keeps its keys")
     else:
-        plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
-        keys, values = plan.cache.layers[layer]
-        if isinstance(plan, StaticPlan):
-            output = _attend_block(query, keys, values, plan.decoding, scores, sliding_window)
-        else:
-            output = _attend_to_cache(query, keys, values, plan, scores, sliding_window)
+        output = attend_cached(query, key, value, plan, layer, scores, sliding_window)
     return output.transpose(0, 1).contiguous().unsqueeze(0)  # some families take a view of it
+
+
+def _computing(tensor: Tensor) -> Tensor:
+    """In autocast's precision, where it is in force."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _attend_to_self(
@@ -125,15 +110,51 @@ def _attend_to_self(
 def _attend_roots(qkv: QKV, plan: PackedPlan, scores: Scores, window: int | None) -> Tensor:
     """What goes on from nothing. [H, n, d] in and out for all of it."""
     cells = plan.rectangle
+    uneven = cells is None or not cells.full or (window and window < cells.width)
+    if scores.plain and not scores.dropout and uneven and len(plan.roots) > 1 and _has_varlen(qkv):
+        return _attend_varlen(qkv, plan, scores.scaling, window)
     if cells is None or not scores.plain or (window and window < cells.width):
         parts = zip(*(tensor.split(plan.roots, dim=1) for tensor in qkv), strict=True)
-        return torch.cat([_attend(q, k, v, scores, window) for q, k, v in parts], dim=1)
+        return torch.cat([attend(q, k, v, scores, window) for q, k, v in parts], dim=1)
     q, k, v = (cells.rows_of(tensor) for tensor in qkv)
     gqa = q.shape[1] != k.shape[1]
     out = scaled_dot_product_attention(
         q, k, v, dropout_p=scores.dropout, scale=scores.scaling, is_causal=True, enable_gqa=gqa
     )
     return cells.flat_of(out)
+
+
+def _has_varlen(qkv: QKV) -> bool:
+    """Whether torch's kernels for sequences of different lengths serve these."""
+    q, k, v = qkv
+    half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    same = q.shape[-1] == v.shape[-1] and q.shape[-1] <= 256
+    return q.device.type == "cuda" and half and same and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _attend_varlen(qkv: QKV, plan: PackedPlan, scaling: float | None, window: int | None) -> Tensor:
+    """Each root by itself, in one call without padding. [H, n, d] in and out."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = qkv
+    longest = max(plan.roots)
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _parameters(varlen_attn):
+        options["enable_gqa"] = len(q) != len(k)
+    else:
+        k, v = (tensor.repeat_interleave(len(q) // len(tensor), dim=0) for tensor in (k, v))
+    q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))
+    looks_back = (window - 1, 0) if window else (-1, 0)
+    starts = plan.root_starts
+    out: Any = varlen_attn(
+        q, k, v, starts, starts, longest, longest, scale=scaling, window_size=looks_back, **options
+    )
+    return out.transpose(0, 1)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _attend_branches(prefix: QKV, own: QKV, branches: Branches, scores: Scores, window: int | None) -> Tensor:
@@ -153,149 +174,23 @@ def _attend_branches(prefix: QKV, own: QKV, branches: Branches, scores: Scores, 
             )
             return cells.flat_of(out[:, :, past:])
         stacked = rows[0].unflatten(1, (k.shape[1], -1))  # as in _attend
-        mask = _looks_back(cells.width, past + cells.width, None, q.device).repeat(stacked.shape[2], 1)
-        out = _grouped(stacked.flatten(2, 3), k, v, mask, scores)
+        mask = looks_back(cells.width, past + cells.width, None, q.device).repeat(stacked.shape[2], 1)
+        out = grouped(stacked.flatten(2, 3), k, v, mask, scores)
         return cells.flat_of(out.unflatten(2, (-1, cells.width)).flatten(1, 2))
     first = max(0, past + 1 - window) if window else 0  # of the prefix, as far as anyone looks back
     seen = [tensor[:, first:] for tensor in prefix]
     parts = []
     for each in zip(*(tensor.split(branches.lengths, dim=1) for tensor in own), strict=True):
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(seen, each, strict=True))
-        out = _attend(q if again else each[0], k, v, scores, window)
+        out = attend(q if again else each[0], k, v, scores, window)
         parts.append(out[:, -each[0].shape[1] :])
     return torch.cat(parts, dim=1)
-
-
-def _attend_to_cache(
-    q: Tensor, keys: Tensor, values: Tensor, plan: PackedPlan, scores: Scores, window: int | None
-) -> Tensor:
-    """Sampling: each sequence attends to its slot of `keys`/`values` [slots, H_kv, length, d]."""
-    shared = plan.shared if scores.plain and not window else []
-    together = plan.unshared if shared else plan.decoding
-    if together is not None:
-        decoded = _attend_block(q, keys, values, together, scores, window)
-        if len(together.members) == len(plan.lengths) and together.dense:
-            return decoded
-    out = q.new_empty(*q.shape[:2], values.shape[-1])
-    done: set[int] = set()
-    if together is not None:
-        out[:, together.tokens] = decoded
-        done |= together.members
-    for group in shared:
-        out[:, group.tokens] = _attend_after_prefix(q[:, group.tokens], keys, values, group, scores.scaling)
-        done |= group.members
-    for i, (start, length, past, slot) in enumerate(
-        zip(plan.starts, plan.lengths, plan.past, plan.slots, strict=True)
-    ):
-        if i in done:
-            continue
-        first = max(0, past + 1 - window) if window else 0
-        seen = slice(first, past + length)
-        part = q[:, start : start + length]
-        out[:, start : start + length] = _attend(
-            part, keys[slot, :, seen], values[slot, :, seen], scores, window
-        )
-    return out
-
-
-def _attend_after_prefix(
-    q: Tensor, keys: Tensor, values: Tensor, group: SharedPrefix, scaling: float | None
-) -> Tensor:
-    """Rows with a common beginning: it is read once for all of them. `q` [H, R, d], [H, R, d] out.
-
-    Juravsky et al. 2024, "Hydragen", section 3.1, with one softmax over both parts.
-    """
-    heads, rows, dim = q.shape
-    kv_heads = keys.shape[1]
-    q = q * (dim**-0.5 if scaling is None else scaling)
-    before, after = slice(group.length), slice(group.length, group.width)
-    q_KGRd = q.unflatten(0, (kv_heads, -1))
-    q_RKGd = q_KGRd.permute(2, 0, 1, 3)
-    first = q_KGRd.flatten(1, 2) @ keys[group.holder, :, before].transpose(-1, -2)  # [K, G·R, P]
-    rest = q_RKGd @ keys[group.slots, :, after].transpose(-1, -2)  # [R, K, G, S]
-    rest = rest.masked_fill(~group.visible_RS[:, None, None], -torch.inf)
-    first = first.unflatten(1, (-1, rows)).permute(2, 0, 1, 3)  # [R, K, G, P]
-    scores = torch.cat([first, rest], dim=-1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(values.dtype)
-    first, rest = weights.split([group.length, group.width - group.length], dim=-1)
-    out = rest @ values[group.slots, :, after]  # [R, K, G, d]
-    common = first.permute(1, 2, 0, 3).flatten(1, 2) @ values[group.holder, :, before]  # [K, G·R, d]
-    out = out.permute(1, 2, 0, 3) + common.unflatten(1, (-1, rows))
-    return out.reshape(heads, rows, -1)
-
-
-def _attend_block(
-    q: Tensor, keys: Tensor, values: Tensor, block: Decoding, scores: Scores, window: int | None
-) -> Tensor:
-    """The rows that add one token each, in one call over their neighbouring slots. [H, R, d]"""
-    slots = slice(block.first, block.first + block.count)
-    k, v = keys[slots, :, : block.width], values[slots, :, : block.width]
-    if block.dense:
-        q_block = q[:, : block.count].transpose(0, 1)
-    else:
-        q_block = q.new_zeros(block.count, *q[:, 0].shape)
-        q_block[block.places] = q[:, block.tokens].transpose(0, 1)
-    grouped = q_block.unflatten(1, (keys.shape[1], -1))  # heads that share keys are stacked as queries
-    out = _grouped(grouped, k, v, block.mask(window), scores).flatten(1, 2)
-    return (out if block.dense else out[block.places]).transpose(0, 1)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores, window: int | None) -> Tensor:
-    """One sequence: `q` [H, n, d] are its last n positions, `k`/`v` [H_kv, m, d] all that they may see."""
-    heads, n, dim = q.shape
-    kv_heads, m = k.shape[0], k.shape[1]
-    if scores.plain and n == m and n > 1 and not (window and window < m):
-        gqa = heads != kv_heads
-        return scaled_dot_product_attention(
-            q[None],
-            k[None],
-            v[None],
-            dropout_p=scores.dropout,
-            scale=scores.scaling,
-            is_causal=True,
-            enable_gqa=gqa,
-        )[0]
-    # Query heads that share a key head are stacked as more queries of it: no copy of keys is made.
-    groups = heads // kv_heads
-    mask = None
-    if n > 1:
-        mask = _looks_back(n, m, window, q.device).repeat(groups, 1)
-    stacked = q.reshape(kv_heads, groups * n, dim)
-    out = _grouped(stacked[None], k[None], v[None], mask, scores)
-    return out.reshape(heads, n, v.shape[-1])
-
-
-def _looks_back(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
-    """[n, m], true where the last n of m positions may look."""
-    age = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
-    return age >= 0 if not window else (age >= 0) & (age < window)
-
-
-def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """`q` [B, H_kv, G·n, d], where G query heads of n positions each lie under the key head they share."""
-    if scores.plain:
-        return scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=scores.dropout, scale=scores.scaling
-        )
-    scaling = q.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
-    logits = q @ k.transpose(-1, -2) * scaling
-    if scores.softcap is not None:
-        logits = scores.softcap * torch.tanh(logits / scores.softcap)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf)
-    total = logits.logsumexp(-1, keepdim=True)
-    if scores.sinks_H is not None:
-        sinks = scores.sinks_H.to(logits.dtype).unflatten(0, (q.shape[1], -1))
-        repeats = q.shape[-2] // sinks.shape[1]
-        total = torch.logaddexp(total, sinks.repeat_interleave(repeats, dim=1).unsqueeze(-1))
-    return dropped((logits - total).exp().to(v.dtype), scores.dropout) @ v
 
 
 def install(model: PreTrainedModel) -> None:
     """Make `model` compute a call that carries a plan by `packed_attention`, and any other call as before."""
     current = model.config._attn_implementation or "eager"
-    if current.startswith(_PREFIX):
+    if is_packed(current):
         return
     name = _PREFIX + current
     if name not in ALL_ATTENTION_FUNCTIONS:
@@ -303,6 +198,11 @@ def install(model: PreTrainedModel) -> None:
         if current in ALL_MASK_ATTENTION_FUNCTIONS:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[current])
     model.set_attn_implementation(name)
+
+
+def is_packed(implementation: str | None) -> bool:
+    """Whether an attention implementation is one of those that `install` registers."""
+    return (implementation or "").startswith(_PREFIX)
 
 
 def _dispatch(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

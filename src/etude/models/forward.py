@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from etude.models.head import CHUNK_BYTES, ChunkedHead, token_scores
+from etude.models.compiled import compile_layers
+from etude.models.head import ChunkedHead, token_scores
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
 from etude.models.value_model import ValueModel
@@ -47,12 +48,13 @@ class PolicyForward(nn.Module):
     Args:
         model: the policy.
         chunk_bytes: what logits may take at a time, in float32. Those of more states are computed in chunks,
-            and again in the backward pass; a model that `models.head` can't serve computes all at once.
+            and again in the backward pass; a model that `models.head` can't serve computes all at once. By
+            default 64 MiB, on a GPU a part of its memory.
         value_model: what gives the values; by default the policy's value head, if it has one.
     """
 
     def __init__(
-        self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES, value_model: ValueModel | None = None
+        self, model: nn.Module, chunk_bytes: int | None = None, value_model: ValueModel | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -63,6 +65,15 @@ class PolicyForward(nn.Module):
         self.head = ChunkedHead.of(trunk, chunk_bytes)
         self._keeps_logits = "logits_to_keep" in inspect.signature(trunk.forward).parameters
         self._has_values = hasattr(model, "v_head")
+
+    def compile_parts(self) -> None:
+        """Fuse what can be fused: within decoder layers, and from the output layer to log-probabilities."""
+        if self.packs:
+            compile_layers(self.model)
+        if self.values_pack and self.value_model is not None:
+            compile_layers(self.value_model.model)
+        if self.head is not None:
+            self.head.passes.compile()
 
     def forward(
         self,

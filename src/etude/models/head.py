@@ -21,10 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from etude.math.logprobs import entropy, token_logprobs
-from etude.models.linear_head import Finish, LinearHead, LinearTotal, Weigh
+from etude.models.linear_head import ChunkPasses, Finish, LinearHead, LinearTotal, Weigh
 from etude.models.packing import FOREIGN_ERRORS, probes, same_logits
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits; a pass whose logits fit keeps them and computes nothing twice
+# Of float32 logits; a pass whose logits fit keeps them and computes nothing twice.
+CHUNK_BYTES = 64 * 2**20
+# On a GPU a chunk of so few rows would cost more than its product: the weight's gradient is read and written
+# for each. There it is this part of the device's memory.
+CHUNK_SHARE = 64
 
 
 class TokenScores(NamedTuple):
@@ -49,16 +53,17 @@ class ChunkedHead:
     Args:
         model: the transformers model, inside its wrappers.
         finish: what its forward does with the layer's output.
-        chunk_bytes: what a chunk's logits may take in float32.
+        chunk_bytes: what a chunk's logits may take in float32; by default 64 MiB, more on a GPU.
     """
 
-    def __init__(self, model: PreTrainedModel, finish: Finish, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, model: PreTrainedModel, finish: Finish, chunk_bytes: int | None = None) -> None:
         self.model = model
         self.finish = finish
         self.chunk_bytes = chunk_bytes
+        self.passes = ChunkPasses()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> ChunkedHead | None:
+    def of(cls, model: PreTrainedModel, chunk_bytes: int | None = None) -> ChunkedHead | None:
         """None for a model whose logits can't be told from what enters its output layer."""
         for finish in (Finish.announced(model.config), Finish()):
             head = cls(model, finish, chunk_bytes)
@@ -155,6 +160,11 @@ class ChunkedHead:
         how = (temperature, entropy_gradient)
         return self._score(layer, layer, _is_plain(layer), states_MD, targets_M, how)
 
+    def _rows(self, states_MD: Tensor) -> int:
+        """Of a chunk."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return chunk_rows(len(states_MD), vocabulary, self.chunk_bytes or default_chunk(states_MD.device))
+
     def _score(
         self,
         layer: nn.Module,
@@ -169,11 +179,11 @@ class ChunkedHead:
         Args:
             how: the temperature, and whether entropies have a gradient.
         """
-        vocabulary = self.model.config.get_text_config().vocab_size
-        rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes)
+        rows = self._rows(states_MD)
         if is_plain and rows < len(states_MD):
             parameters = layer.weight, layer.bias
-            return TokenScores(*LinearHead.apply(states_MD, *parameters, targets_M, self.finish, rows, *how))
+            settings = targets_M, self.finish, rows, *how, self.passes
+            return TokenScores(*LinearHead.apply(states_MD, *parameters, *settings))
 
         def at_once(states_CD: Tensor, targets_C: Tensor) -> TokenScores:
             return token_scores(self.finish(call(states_CD)), targets_C, *how)
@@ -197,8 +207,7 @@ class ChunkedHead:
         weigh: Weigh,
     ) -> TokenScores:
         if is_plain and len(states_MD):
-            vocabulary = self.model.config.get_text_config().vocab_size
-            rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes)
+            rows = self._rows(states_MD)
             inputs = states_MD, layer.weight, layer.bias, targets_M
             total, logprobs, entropies, hits = LinearTotal.apply(
                 *inputs, self.finish, rows, weigh, torch.is_grad_enabled()
@@ -251,6 +260,13 @@ class ChunkedHead:
             yield outputs
         finally:
             handle.remove()
+
+
+def default_chunk(device: torch.device) -> int:
+    """Bytes of a chunk's logits in float32, by the device."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return max(CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // CHUNK_SHARE)
 
 
 def chunk_rows(count: int, vocabulary: int, chunk_bytes: int) -> int:

@@ -74,6 +74,7 @@ class LinearHead(torch.autograd.Function):
         rows: int,
         temperature: float,
         entropy_gradient: bool,
+        passes: ChunkPasses,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _computing_dtype(weight_VD)
         precise = torch.promote_types(dtype, torch.float32)
@@ -84,12 +85,12 @@ class LinearHead(torch.autograd.Function):
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
-                logits_CV = finish(linear(states_MD[here].to(dtype), weight, bias))
-                scores = _scores(scaled_logits(logits_CV, temperature), targets_M[here, None])
+                raw_CV = linear(states_MD[here].to(dtype), weight, bias)
+                scores = passes.scores(raw_CV, targets_M[here, None], finish, temperature)
                 logprobs_M[here], entropies_M[here], totals_M[here], hits_M[here] = scores
         kept_M = entropies_M if entropy_gradient else None
         ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M, kept_M)
-        ctx.settings = finish, temperature, rows, dtype
+        ctx.settings = finish, temperature, rows, dtype, passes
         ctx.mark_non_differentiable(hits_M, *(() if entropy_gradient else (entropies_M,)))
         return logprobs_M, entropies_M, hits_M
 
@@ -97,7 +98,7 @@ class LinearHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         states_MD, weight_VD, bias_V, targets_M, totals_M, entropies_M = ctx.saved_tensors
-        finish, temperature, rows, dtype = ctx.settings
+        finish, temperature, rows, dtype, passes = ctx.settings
         inputs = states_MD, weight_VD, bias_V
         d_states, d_weight, d_bias = (
             torch.zeros_like(tensor) if needed else None
@@ -107,7 +108,7 @@ class LinearHead(torch.autograd.Function):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
                 states_CD = states_MD[here].to(dtype)
-                d_raw = _logits_gradient(
+                d_raw = passes.gradient(
                     linear(states_CD, weight, bias),
                     targets_M[here, None],
                     totals_M[here, None],
@@ -115,9 +116,9 @@ class LinearHead(torch.autograd.Function):
                     None if entropies_M is None else (entropies_M[here, None], gradients[1][here, None]),
                     finish,
                     temperature,
-                ).to(dtype)
+                )
                 _accumulate(d_raw, states_CD, weight, here, d_states, d_weight, d_bias)
-        return d_states, d_weight, d_bias, None, None, None, None, None
+        return d_states, d_weight, d_bias, None, None, None, None, None, None
 
 
 Weigh = Callable[[Tensor], Tensor]  # log-probabilities → weights
@@ -213,8 +214,14 @@ def _probabilities(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tenso
     return chosen_C - log_totals_C, entropies_C, probs_CV, chosen_C == 0
 
 
-def _scores(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of the targets, entropies, logsumexps, hits; [C] each. Overwrites the logits."""
+def _scores(
+    raw_CV: Tensor, targets_C1: Tensor, finish: Finish, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the targets, entropies, logsumexps, hits; [C] each.
+
+    Overwrites `raw_CV`, where it can.
+    """
+    logits_CV = scaled_logits(finish(raw_CV), temperature)
     highest_C = logits_CV.amax(-1)
     logits_CV.sub_(highest_C[:, None])
     chosen_C = logits_CV.gather(-1, targets_C1)[:, 0]
@@ -238,7 +245,7 @@ def _logits_gradient(
     """Of Σ gradient · log π(target), by the layer's output: gradient · (1[v = target] − π(v)) · slope.
 
     With entropies H and their gradients, of Σ gradient · H too: −gradient · π(v) · (log π(v) + H) · slope.
-    Overwrites `raw_CV`, where it can.
+    In the precision of `raw_CV`, which it overwrites where it can.
     """
     logits_CV = finish(raw_CV)
     slope_CV = finish.slope(logits_CV)
@@ -253,8 +260,25 @@ def _logits_gradient(
         finite_CV = logprobs_CV.clamp_(min=torch.finfo(logprobs_CV.dtype).min)  # 0 · −inf would be NaN
         d_raw = finite_CV.add_(entropy_C1).mul_(probs_CV).mul_(-factor * entropy_gradient_C1)
         d_raw.addcmul_(probs_CV, gradient_C1, value=-1)
-    d_raw.scatter_add_(-1, targets_C1, gradient_C1)
-    return d_raw if slope_CV is None else d_raw.mul_(slope_CV)
+    chosen_C1 = d_raw.gather(-1, targets_C1).add_(gradient_C1)
+    if slope_CV is not None:
+        d_raw, chosen_C1 = d_raw.mul_(slope_CV), chosen_C1.mul_(slope_CV.gather(-1, targets_C1))
+    return d_raw.to(raw_CV.dtype).scatter_(-1, targets_C1, chosen_C1.to(raw_CV.dtype))
+
+
+class ChunkPasses:
+    """What is done to a chunk's logits, forward and backward; if compiled, in one or two passes over them."""
+
+    def __init__(self) -> None:
+        self.scores: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _scores
+        self.gradient: Callable[..., Tensor] = _logits_gradient
+
+    def compile(self, **options: Any) -> None:
+        """With options of `torch.compile`."""
+        compiled: Any = [
+            torch.compile(f, **{"dynamic": True, **options}) for f in (_scores, _logits_gradient)
+        ]
+        self.scores, self.gradient = compiled
 
 
 def _chunks(count: int, rows: int) -> Iterator[slice]:

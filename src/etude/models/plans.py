@@ -10,16 +10,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from etude.math.placing import place
 from etude.models.slot_cache import SlotCache
 
 PLAN = "packed_plan"  # the keyword under which a plan travels through the model
+LONG_PROMPT = 512  # tokens; up to here it costs little on a GPU that each reads all before it
 
 
 @dataclass
@@ -57,9 +59,9 @@ class PackedPlan:
         positions = [
             p for past, n in zip(self.past, self.lengths, strict=True) for p in range(past, past + n)
         ]
-        self.positions_T = torch.tensor(positions, device=self.device)
+        self.positions_T = place(positions, self.device, torch.long)
         slots = [s for s, n in zip(self.slots, self.lengths, strict=self.cache is not None) for _ in range(n)]
-        self.slots_T = torch.tensor(slots, device=self.device)
+        self.slots_T = place(slots, self.device, torch.long)
 
     @property
     def position_ids(self) -> Tensor:
@@ -79,6 +81,26 @@ class PackedPlan:
     def rectangle(self) -> Rectangle | None:
         """The roots as rows of equal length, unless most of that would be padding."""
         return Rectangle.of(self.roots, self.device)
+
+    @cached_property
+    def root_starts(self) -> Tensor:
+        """Where the roots start and the last one ends, [roots + 1] int32."""
+        return place([0, *accumulate(self.roots)], self.device, torch.int32)
+
+    @cached_property
+    def long_prompts(self) -> list[int]:
+        """Sequences that add more than `LONG_PROMPT` tokens."""
+        return [i for i, n in enumerate(self.lengths) if n > LONG_PROMPT]
+
+    @cached_property
+    def short_T(self) -> Tensor:
+        """The places in the flat step of the tokens of all others."""
+        short = [
+            range(start, start + n)
+            for start, n in zip(self.starts, self.lengths, strict=True)
+            if n <= LONG_PROMPT
+        ]
+        return place(list(chain.from_iterable(short)), self.device, torch.long)
 
     @cached_property
     def branches(self) -> list[Branches]:
@@ -154,6 +176,7 @@ class Rectangle:
     width: int
     tokens: Tensor  # [rows * width], the token in each cell; any token in a padded one
     cells_T: Tensor  # the cell of each token
+    full: bool  # nothing is padded: rows and tokens are views of each other
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Rectangle | None:
@@ -165,15 +188,17 @@ class Rectangle:
         cells_T = present.flatten().nonzero()[:, 0]
         tokens = torch.zeros(rows * width, dtype=torch.long)
         tokens[cells_T] = torch.arange(len(cells_T))
-        return cls(rows, width, tokens.to(device), cells_T.to(device))
+        return cls(rows, width, place(tokens, device), place(cells_T, device), rows * width == len(cells_T))
 
     def rows_of(self, flat: Tensor) -> Tensor:
         """[H, T, d] as [rows, H, width, d]."""
-        return flat[:, self.tokens].unflatten(1, (self.rows, self.width)).transpose(0, 1)
+        cells = flat if self.full else flat[:, self.tokens]
+        return cells.unflatten(1, (self.rows, self.width)).transpose(0, 1)
 
     def flat_of(self, rows: Tensor) -> Tensor:
         """[rows, H, width, d] as [H, T, d]."""
-        return rows.transpose(0, 1).flatten(1, 2)[:, self.cells_T]
+        cells = rows.transpose(0, 1).flatten(1, 2)
+        return cells if self.full else cells[:, self.cells_T]
 
 
 @dataclass
@@ -222,6 +247,35 @@ class SharedPrefix:
 
 
 @dataclass
+class TokenPlan:
+    """Tokens of any sequences, each by itself: where it lies in the cache is all that a step is told.
+
+    A token sees its slot up to its own position; all of a step are written before any of them looks.
+    All that differs between two steps of as many tokens is in the tensors, so that a step can be captured.
+
+    Attributes:
+        cache: with the tokens' slots.
+        positions_T: of each token.
+        slots_T: where each is written and looks; -1 for one that takes no part.
+        windows: the sliding window that each layer asked for, written as the step runs.
+    """
+
+    cache: SlotCache
+    positions_T: Tensor
+    slots_T: Tensor
+    windows: dict[int, int | None] = field(init=False, default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions_T.device
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, T]"""
+        return self.positions_T.unsqueeze(0)
+
+
+@dataclass
 class StaticPlan:
     """One token for each row of a fixed block, row i in slot i, in shapes that never change.
 
@@ -259,13 +313,15 @@ class StaticPlan:
         return Decoding(set(range(count)), 0, count, self.width, rows, rows, self.positions_T + 1, dense=True)
 
 
-def packed_inputs(input_ids: Sequence[int] | Tensor, plan: PackedPlan | StaticPlan) -> dict[str, Any]:
+def packed_inputs(
+    input_ids: Sequence[int] | Tensor, plan: PackedPlan | TokenPlan | StaticPlan
+) -> dict[str, Any]:
     """Keywords of a model's forward for a flat step of T tokens.
 
     The 1×1 mask is never read: a four-dimensional mask passes through `transformers` untouched, which
     keeps it from building a T×T one.
     """
-    ids = torch.as_tensor(input_ids, device=plan.device).reshape(1, -1)
+    ids = place(input_ids, plan.device).reshape(1, -1)
     return {
         "input_ids": ids,
         "position_ids": plan.position_ids,

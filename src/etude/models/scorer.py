@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from etude.errors import ModelError
-from etude.models.head import CHUNK_BYTES, ChunkedHead, TokenScores, token_scores, weighted
+from etude.models.head import ChunkedHead, TokenScores, token_scores, weighted
 from etude.models.linear_head import Weigh
 from etude.models.neftune import noisy_embeddings
 from etude.models.packing import supports_packing
@@ -40,7 +40,7 @@ class TokenScorer:
         ModelError: the model's adapter puts virtual tokens before the text.
     """
 
-    def __init__(self, model: nn.Module, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, model: nn.Module, chunk_bytes: int | None = None) -> None:
         for part in unwrapped(model):
             if isinstance(part, PeftModel) and part.active_peft_config.is_prompt_learning:
                 raise ModelError(

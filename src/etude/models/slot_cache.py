@@ -38,11 +38,15 @@ class SlotCache:
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots_T: Tensor, positions_T: Tensor) -> None:
         """Write `key` and `value` [heads, T, dim] at (slot, position) of each of the T tokens."""
-        if layer not in self.layers:
-            self.layers[layer] = (self._empty(key), self._empty(value))
-        keys, values = self.layers[layer]
+        keys, values = self.layer(layer, key, value)
         keys[slots_T, :, positions_T] = key.transpose(0, 1)
         values[slots_T, :, positions_T] = value.transpose(0, 1)
+
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, for new ones like `key` and `value` [heads, T, dim]."""
+        if layer not in self.layers:
+            self.layers[layer] = (self._empty(key), self._empty(value))
+        return self.layers[layer]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
@@ -60,6 +64,9 @@ class SlotCache:
     def _resized(self, tensor: Tensor, slots: int, length: int, kept: Sequence[int]) -> Tensor:
         resized = hugepages.zeros(tensor, slots, tensor.shape[1], length, tensor.shape[3])
         both = min(length, self.length)
+        if list(kept) == list(range(len(kept))):  # as where nobody loses a slot: a single copy
+            resized[: len(kept), :, :both] = tensor[: len(kept), :, :both]
+            return resized
         for new, old in enumerate(kept):
             resized[new, :, :both] = tensor[old, :, :both]
         return resized

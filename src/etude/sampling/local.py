@@ -18,6 +18,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from os.path import commonprefix
 
 import torch
@@ -30,7 +31,7 @@ from etude.models.packing import rotary_switch
 from etude.models.prepacked import PrepackedLinears
 from etude.models.wrappers import trunk_of
 from etude.sampling.backends import choose_backend, free_memory
-from etude.sampling.draw import draw, draw_each
+from etude.sampling.draw import Draw, begin_draw, begin_draw_each
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheLimits, format_size, parse_size
 from etude.sampling.session import LocalSession, Turn
@@ -38,6 +39,21 @@ from etude.sampling.slots import Slots
 from etude.sampling.stop import StopStrings, token_texts
 from etude.sampling.weights import WeightWatch
 from etude.types import FinishReason, Sampled, SamplingParams
+
+_UNKNOWN = (0,)  # stands in for a token that Python doesn't know yet
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step's draws, which the device may still be at work on.
+
+    While it is, the next step is scheduled and launched: turns go on with tokens that only the device knows.
+    What it draws for a turn that turns out to have ended is thrown away.
+    """
+
+    turns: list[Turn]
+    draw: Draw
+    version: int  # of the weights
 
 
 class LocalSampler:
@@ -121,6 +137,7 @@ class LocalSampler:
         self._weights = WeightWatch(self.model)
         self._waiting: deque[Turn] = deque()
         self._running: list[Turn] = []
+        self._flight: Flight | None = None
         self._pump: asyncio.Task[None] | None = None
         self._stops: dict[tuple[str, ...], StopStrings] = {}
         self._token_texts: list[str] | None = None
@@ -157,6 +174,8 @@ class LocalSampler:
 
         Most changes are noticed without this call, see `sampling.weights`.
         """
+        self._land()
+        self._backend.weights_changed()
         self._weights.changed()  # what has changed so far is this version
         self.policy_version += 1
         if self._linears is not None:
@@ -231,7 +250,7 @@ class LocalSampler:
         """Step while there is work; yield between steps, so that finished episodes move on."""
         try:
             with self._evaluating(), self._weights:
-                while self._waiting or self._running:
+                while self._waiting or self._running or self._flight:
                     self._step()
                     await asyncio.sleep(0)
         except BaseException as error:  # every turn that waits for this task must hear of it
@@ -245,21 +264,48 @@ class LocalSampler:
         if self._weights.changed(closely=bool(self._waiting)):
             self.weights_changed()
         self._admit()
+        runs_ahead = self._backend.runs_ahead and not any(turn.needs_history for turn in self._running)
+        if not runs_ahead:
+            self._land()
         feeds, turns = self._schedule()
         while (needed := max((feed.end for feed in feeds), default=0)) > self._slots.length:
+            self._land()
             self._grow(needed)
             feeds, turns = self._schedule()
-        if not feeds:
-            return
-        with self.autocast(), nullcontext() if self._linears is None else self._linears.active():
-            logits = self._backend.logits(feeds)
-        for feed, turn in zip(feeds, turns, strict=True):
-            turn.session.cached += len(feed.token_ids)
+        flight = self._launch(feeds, turns) if feeds else None
+        self._land()
+        self._flight = flight
+        if flight is not None:
+            for turn, place in zip(flight.turns, flight.draw.places, strict=True):
+                turn.coming = place
+            if not runs_ahead:
+                self._land()
+
+    def _launch(self, feeds: list[Feed], turns: list[Turn]) -> Flight | None:
+        """Feed, and draw for the turns that have then seen all; nothing of it is known yet."""
+        drawn_R = self._flight.draw.tokens_R if self._flight else None
+        ready = []
+        for i, (feed, turn) in enumerate(zip(feeds, turns, strict=True)):
+            session = turn.session
+            session.cached += len(feed.token_ids)
+            self.tokens_fed += len(feed.token_ids)
+            if session.cached == len(session.token_ids) + turn.ahead:
+                ready.append(i)
         self.steps += 1
-        self.tokens_fed += sum(len(feed.token_ids) for feed in feeds)
-        ready = [i for i, turn in enumerate(turns) if turn.session.cached == len(turn.session.token_ids)]
-        if ready:
-            self._draw(logits if len(ready) == len(turns) else logits[ready], [turns[i] for i in ready])
+        drawing = [turns[i] for i in ready]
+        rows = [turn.row() for turn in drawing]
+        draw = None
+        with self.autocast(), nullcontext() if self._linears is None else self._linears.active():
+            if self._backend.runs_ahead and all(turn.plain for turn in drawing):
+                draw = self._backend.draw(feeds, ready, rows, drawn_R)
+            if draw is None:
+                logits = self._backend.logits(feeds, drawn_R)
+        if not ready:
+            return None
+        if draw is None:
+            begin = begin_draw_each if self.deterministic else begin_draw
+            draw = begin(logits if len(ready) == len(turns) else logits[ready], rows)
+        return Flight(drawing, draw, self.policy_version)
 
     def _schedule(self) -> tuple[list[Feed], list[Turn]]:
         """Rows that decode always take part; prompts share the step's token budget."""
@@ -268,6 +314,11 @@ class LocalSampler:
         for turn in self._running:
             session = turn.session
             assert session.slot is not None, "a running turn has a slot"
+            if turn.coming is not None:
+                if not turn.ends_by_length:
+                    feeds.append(Feed(session.slot, session.cached, _UNKNOWN, session.family, turn.coming))
+                    turns.append(turn)
+                continue
             if not self.deterministic and session.source is not None and not self._copy_prefix(session):
                 continue
             prompt = session.cached + 1 < len(session.token_ids)
@@ -305,24 +356,28 @@ class LocalSampler:
         session.source = None
         return True
 
-    def _draw(self, logits: torch.Tensor, turns: list[Turn]) -> None:
-        drawn = (draw_each if self.deterministic else draw)(logits, [turn.row() for turn in turns])
-        self.tokens_sampled += len(turns) - len(drawn.failures)
-        finished = set()
-        rows = zip(turns, drawn.token_ids, drawn.logprobs, drawn.sampling_logprobs, strict=True)
+    def _land(self) -> None:
+        """Learn what the latest draw gave; turns that end by it leave."""
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        drawn = flight.draw.known()
+        rows = zip(flight.turns, drawn.token_ids, drawn.logprobs, drawn.sampling_logprobs, strict=True)
         for i, (turn, token, logprob, sampling_logprob) in enumerate(rows):
+            if turn.over:
+                continue
+            turn.coming = None
             if i in drawn.failures:
-                finished.add(turn)
                 self._fail_turn(turn, drawn.failures[i])
                 continue
+            self.tokens_sampled += 1
             if not turn.logprobs:
-                turn.version = self.policy_version
+                turn.version = flight.version
             finish = turn.extend(token, logprob, sampling_logprob)
             if finish is not None:
-                finished.add(turn)
                 self._finish(turn, finish)
-        if finished:
-            self._running = [turn for turn in self._running if turn not in finished]
+        if any(turn.over for turn in flight.turns):
+            self._running = [turn for turn in self._running if not turn.over]
 
     def _finish(self, turn: Turn, finish: FinishReason) -> None:
         ids = turn.token_ids[:-1] if finish == "eos" else turn.token_ids
@@ -340,6 +395,9 @@ class LocalSampler:
             forced=turn.forced,
             forced_text=forced,
         )
+        turn.over = True
+        # A step that ran ahead may have been fed the last token: it is fed again, with what follows.
+        turn.session.cached = min(turn.session.cached, len(turn.session.token_ids) - 1)
         turn.session.idle_since = self.steps
         if not turn.result.done():
             turn.result.set_result(sampled)
@@ -382,6 +440,7 @@ class LocalSampler:
         turn.session.close()
 
     def _leave(self, turn: Turn) -> None:
+        turn.over = True
         for turns in (self._waiting, self._running):
             if turn in turns:
                 turns.remove(turn)
@@ -393,8 +452,10 @@ class LocalSampler:
             self._fail_turn(turn, failure)
         self._running.clear()
         self._waiting.clear()
+        self._flight = None
 
     def _fail_turn(self, turn: Turn, failure: SamplerError) -> None:
+        turn.over = True
         if not turn.result.done():
             turn.result.set_exception(failure)
         turn.session.close()

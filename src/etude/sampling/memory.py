@@ -74,6 +74,7 @@ class CacheLimits:
         slots, max_length: at most.
         budget: bytes that the cache may take at any time, growth included.
         idle: slots beside those, as long as they are, that no session gets.
+        first: tokens that slots have room for at first.
 
     Raises:
         CacheBudgetError: the budget doesn't hold one session of `max_length` tokens.
@@ -84,6 +85,7 @@ class CacheLimits:
     cost: CacheCost
     budget: int
     idle: int = 0
+    first: int = FIRST_LENGTH
 
     def __post_init__(self) -> None:
         needed = self.cost.of_session(self.max_length)
@@ -99,6 +101,10 @@ class CacheLimits:
     def slots_at(self, length: int) -> int:
         """Slots that the budget holds when each has room for `length` tokens."""
         return min(self.slots, self.budget // self.cost.of_session(length) - self.idle)
+
+    def started(self) -> tuple[int, int]:
+        """Slots, and their length, before anyone holds one."""
+        return self.grown(min(self.first, self.max_length))
 
     def grown(self, needed: int, length: int = 0) -> tuple[int, int]:
         """Slots, and their new length, where slots of `length` tokens have become too short for `needed`.

@@ -100,14 +100,37 @@ class Turn:
     sampling_logprobs: list[float] = field(default_factory=list)
     version: int = -1  # of the weights at the first sampled token
     forced: int = 0  # the tokens that the turn began with
+    coming: int | None = None  # the row of the latest draw that its next token is in, not known yet
+    over: bool = False  # finished, failed or given up: what is still drawn for it is thrown away
+    plain: bool = field(init=False)  # drawn from the whole distribution: nothing edits or cuts it
     _row: Row = field(init=False)
 
     def __post_init__(self) -> None:
+        params = self.params
+        edited = params.min_new_tokens or params.allowed_token_ids is not None or self.needs_history
+        self.plain = not (edited or params.top_k > 0 or params.top_p < 1 or params.min_p)
         self._row = Row(self.params, self.session.seed, 0, self.session.history, 0)
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that were drawn and aren't known yet: 0 or 1."""
+        return 0 if self.coming is None else 1
+
+    @property
+    def ends_by_length(self) -> bool:
+        """Whether the token that is coming is the last that it may have."""
+        return len(self.token_ids) + self.ahead >= self.limit
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a draw depends on the tokens before it, and not only on how many they are."""
+        return bool(self.params.processors) or self.params.repetition_penalty != 1
 
     def row(self) -> Row:
         """What the draw of the next token depends on."""
-        self._row.position, self._row.generated = len(self.session.token_ids), len(self.token_ids)
+        ahead = self.ahead
+        self._row.position = len(self.session.token_ids) + ahead
+        self._row.generated = len(self.token_ids) + ahead
         return self._row
 
     def force(self) -> FinishReason | None:

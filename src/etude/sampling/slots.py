@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 
-from etude.sampling.memory import FIRST_LENGTH, CacheLimits
+from etude.sampling.memory import CacheLimits
 from etude.sampling.prefixes import Prefixes
 from etude.sampling.session import LocalSession
 
@@ -24,7 +24,7 @@ class Slots:
         self.limits = limits
         self.holders: dict[int, LocalSession] = {}
         self._prefixes: Prefixes[LocalSession] = Prefixes()
-        self.count, self.length = limits.grown(min(FIRST_LENGTH, limits.max_length))
+        self.count, self.length = limits.started()
         self._free = list(range(self.count))
 
     @property
@@ -91,7 +91,7 @@ class Slots:
 
     def restart(self) -> bool:
         """Go back to many short slots where long sessions have left few; False while somebody holds one."""
-        count, length = self.limits.grown(min(FIRST_LENGTH, self.limits.max_length))
+        count, length = self.limits.started()
         if self.holders or self.count == count:
             return False
         self.count, self.length, self._free = count, length, list(range(count))

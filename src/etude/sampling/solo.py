@@ -21,6 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCach
 
 from etude.errors import ModelError
 from etude.models.packing import FOREIGN_ERRORS, crosses_switch, plain_logits, probes, same_logits
+from etude.sampling.cuts import Row
+from etude.sampling.draw import Draw
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheCost, CacheLimits
 
@@ -37,6 +39,7 @@ class SoloBackend:
     """
 
     closes_up = False
+    runs_ahead = False
 
     def __init__(self, model: PreTrainedModel, way: Way) -> None:
         self.model = model
@@ -47,9 +50,18 @@ class SoloBackend:
         self._states: dict[int, Any] = {}
         self._tokens: dict[int, list[int]] = {}
 
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
+    def logits(self, feeds: Sequence[Feed], drawn_R: Tensor | None = None) -> Tensor:
+        assert drawn_R is None, "this backend doesn't run ahead"
         row = self._from_the_start if self.way == "whole" else self._continued
         return torch.stack([row(feed) for feed in feeds])
+
+    def draw(
+        self, feeds: Sequence[Feed], ready: Sequence[int], rows: Sequence[Row], drawn_R: Tensor | None
+    ) -> Draw | None:
+        return None
+
+    def weights_changed(self) -> None:
+        """Looked up at every step."""
 
     def copy(self, source: int, target: int, length: int) -> bool:
         return False  # a state may be more than keys and values by position

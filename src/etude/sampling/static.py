@@ -29,10 +29,8 @@ tests trace the step to a list of operations (`make_fx`) and replay that.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -44,14 +42,14 @@ from transformers import PreTrainedModel
 from etude.errors import CacheBudgetError
 from etude.models.plans import StaticPlan, packed_inputs
 from etude.models.slot_cache import SlotCache
+from etude.sampling.capture import Capture, Replays, uncached_autocast
+from etude.sampling.cuts import Row
+from etude.sampling.draw import Draw
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheCost, CacheLimits, format_size
 
 if TYPE_CHECKING:
-    from etude.sampling.backends import PackedBackend
-
-Replay = Callable[[], Tensor]
-Capture = Callable[[Replay], Replay]
+    from etude.sampling.packed import PackedBackend
 
 ROWS = 8  # a block's rows are a multiple of this where their bits matter
 KEYS = 64  # … and a slot's positions of this, so that every slot is aligned alike; also the least width
@@ -72,6 +70,7 @@ class StaticBackend:
     """
 
     closes_up = False  # idle rows are computed anyway
+    runs_ahead = False
 
     def __init__(
         self,
@@ -88,10 +87,9 @@ class StaticBackend:
         self.step = StaticStep(packed.model, self.cache)
         self.replays = Replays(self.step, capture) if capture else None
 
-    def logits(self, feeds: Sequence[Feed]) -> Tensor:
+    def logits(self, feeds: Sequence[Feed], drawn_R: Tensor | None = None) -> Tensor:
+        assert drawn_R is None, "this backend doesn't run ahead"
         blocks, prompts = self._arrange(feeds)
-        if prompts and self.replays:
-            self.replays.list_tensors()
         rows: dict[int, Tensor] = {}
         for members in [[i] for i in prompts] if self.deterministic else [prompts] if prompts else []:
             logits = self.packed.logits([feeds[i] for i in members])
@@ -102,6 +100,15 @@ class StaticBackend:
             # Taken out of the block at once: the next replay writes over it.
             rows.update(zip(members, logits[[feeds[i].slot for i in members]], strict=True))
         return torch.stack([rows[i] for i in range(len(feeds))])
+
+    def draw(
+        self, feeds: Sequence[Feed], ready: Sequence[int], rows: Sequence[Row], drawn_R: Tensor | None
+    ) -> Draw | None:
+        return None
+
+    def weights_changed(self) -> None:
+        if self.replays:
+            self.replays.weights_changed()
 
     def limits(self, limits: CacheLimits) -> CacheLimits:
         """As many slots as there are to be from now on, and what the block has beside them.
@@ -187,99 +194,8 @@ class StaticStep:
         """Logits, [rows, vocabulary]."""
         ids, positions, slots = self.inputs
         plan = StaticPlan(self.cache, width, positions, slots)
-        with _uncached_autocast(self.inputs.device):
+        with uncached_autocast(self.inputs.device):
             return self.model(**packed_inputs(ids, plan)).logits[0]
-
-
-class Replays:
-    """A step's captures, one per width; made anew when a tensor that they read has moved."""
-
-    def __init__(self, step: StaticStep, new_capture: Callable[[], Capture]) -> None:
-        self.step = step
-        self.new_capture = new_capture
-        self.possible = True
-        self._replays: dict[tuple[int, torch.dtype | None], Replay] = {}
-        self._captured_at: list[int] = []
-        self.list_tensors()
-
-    def list_tensors(self) -> None:
-        """Look up the model's tensors, which may have been replaced; not done at every token."""
-        self._tensors = [*self.step.model.parameters(), *self.step.model.buffers()]
-
-    def __call__(self, width: int) -> Tensor:
-        """Logits, [rows, vocabulary]; the next call may overwrite them."""
-        if not self.possible:
-            return self.step(width)
-        key = (width, _autocast_dtype(self.step.inputs.device))
-        if key in self._replays and self._addresses() == self._captured_at:
-            return self._replays[key]()
-        logits = self.step(width)  # the first call may allocate the cache's layers
-        addresses = self._addresses()
-        if addresses != self._captured_at:
-            self._replays.clear()
-            self._captured_at, self._capture = addresses, self.new_capture()
-        try:
-            self._replays[key] = self._capture(lambda: self.step(width))
-        except RuntimeError as error:  # the boundary to whatever the model does that a capture can't hold
-            name = type(self.step.model).__name__
-            warnings.warn(f"{name} can't be captured, so it decodes eagerly: {error}", stacklevel=2)
-            self.possible = False
-            return logits
-        return self._replays[key]()
-
-    def _addresses(self) -> list[int]:
-        cached = (tensor for layer in self.step.cache.layers.values() for tensor in layer)
-        tensors = (*self._tensors, self.step.inputs, *cached)
-        return [self.step.cache.length, *(tensor.data_ptr() for tensor in tensors)]
-
-
-class CudaCapture:
-    """Captures calls in CUDA graphs that share one pool of memory, so only one may be replayed at a time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, step: Replay) -> Replay:
-        """Warm `step` up on a side stream and capture it; other threads may use the device meanwhile."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            for _ in range(2):
-                step()
-        current.wait_stream(self.stream)
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.stream(current),  # which a capture that fails doesn't go back to
-            torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            logits = step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
-
-
-def capturable(model: PreTrainedModel) -> bool:
-    """Whether a decode step may be captured: on one CUDA device, its shapes and constants always the same."""
-    devices = {parameter.device for parameter in model.parameters()}
-    return len(devices) == 1 and devices.pop().type == "cuda" and not _frequencies_follow_positions(model)
-
-
-def _frequencies_follow_positions(model: PreTrainedModel) -> bool:
-    """Whether rotary embeddings look at the longest sequence of a forward, to choose their frequencies.
-
-    Within a sampler's `max_length` they choose the same ones always (`packing.crosses_switch` sees to it),
-    so that rows don't affect each other; but Python waits for the device.
-    """
-    kinds: set[str] = set()
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        kinds.update(kind.values() if isinstance(kind, dict) else [kind] if isinstance(kind, str) else [])
-    return not kinds.isdisjoint({"dynamic", "longrope"})
 
 
 @torch.no_grad()
@@ -302,13 +218,3 @@ def rows_are_alike(model: PreTrainedModel, rows: int) -> bool:
         if not torch.equal(moved, together.roll(shift, dims=1)):
             return False
     return bool((run([tokens[0]] * rows) == together[:, :1]).all())
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-def _uncached_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The autocast in force, but casting anew: a cached copy of a weight would be frozen into a capture."""
-    dtype = _autocast_dtype(device)
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=False) if dtype else nullcontext()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from etude.data.batch import Trajectory
+from etude.math.placing import place
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class Experience:
         """The trajectories at `indices`, as an experience of their own."""
         trajectories = [self.trajectories[i] for i in indices]
         longest = max((len(t.sampled) for t in trajectories), default=0)
-        index = torch.tensor(indices, device=self.mask.device)
+        index = place(indices, self.mask.device)
         per_token = ("mask", "logprobs", "values", "ref_logprobs", "kl")
         cut = {name: getattr(self, name)[index, :longest] for name in per_token}
         return Experience(
@@ -109,13 +110,13 @@ class UpdateLog:
     """What an update reports: for each pass its numbers and its share of all tokens."""
 
     numbers: list[dict[str, Tensor]] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
     gradient_norms: list[Tensor] = field(default_factory=list)
 
     def mean(self, name: str) -> Tensor:
         """Mean over passes, weighted by tokens; a scalar."""
         values = torch.stack([numbers[name].detach().float() for numbers in self.numbers])
-        weights = torch.tensor(self.weights, device=values.device)
+        weights = torch.stack(self.weights)
         return (values * weights).sum() / weights.sum()
 
     def concatenated(self, name: str) -> Tensor:

@@ -3,7 +3,8 @@
 `observe` computes what stays fixed while the batch is used: log-probabilities and values under the weights
 that sampled it, and the reference policy's. `update` runs epochs of mini-batches over it with whatever
 loss an algorithm gives. Denominators are global, over accumulation steps and processes, so that 1 × 8
-equals 8 × 1, and so that a mini-batch may be cut up to save memory.
+equals 8 × 1, and so that a mini-batch may be cut up to save memory. Between the passes of an optimizer step
+nothing waits for the device: the next one is prepared and launched while one runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from etude.data.batch import PackedBatch, Trajectory
 from etude.data.families import into_passes
 from etude.math.kl import KLKind, kl_estimate, kl_full
+from etude.math.placing import place
 from etude.models.forward import PolicyForward, PolicyOutput
 from etude.models.reference import reference_by_disabled_adapters
 from etude.models.update_mode import update_mode
@@ -200,10 +202,9 @@ class Learner:
                 value, numbers = loss(minibatch)
                 # Gradients are averaged over processes, and the denominator already counts all of them.
                 self.accelerator.backward(value * self.accelerator.num_processes)
-            weight = float(minibatch.observed.mask.sum())
-            if weight:
+            if telling:
                 log.numbers.append(numbers)
-                log.weights.append(weight)
+                log.weights.append(minibatch.observed.mask.sum())
         if self.max_grad_norm is not None:
             norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
             if norm is not None:
@@ -240,14 +241,13 @@ class Learner:
         values = torch.zeros_like(output.logprobs) if output.values is None else output.values
         logprobs, entropies, values = (batch.unpack(x) for x in (output.logprobs, output.entropies, values))
         if experience.pending:
+            rows = place(indices, logprobs.device)
             known = {"logprobs": logprobs, "entropies": entropies, "values": values}
             if self.uses_reference:
-                ref_logprobs = experience.ref_logprobs[indices, : logprobs.shape[1]]
+                ref_logprobs = experience.ref_logprobs[rows, : logprobs.shape[1]]
                 known["kl"] = kl_estimate(logprobs, ref_logprobs, self.kl_kind)  # type: ignore[arg-type]
             for name, now in known.items():
-                getattr(experience, name)[indices, : now.shape[1]] = now.detach().to(
-                    experience.logprobs.dtype
-                )
+                getattr(experience, name)[rows, : now.shape[1]] = now.detach().to(experience.logprobs.dtype)
         return Minibatch(
             indices,
             experience.rows(indices),

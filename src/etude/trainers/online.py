@@ -409,6 +409,7 @@ class OnlineTrainer(ABC):
             keep_cache=self.config.keep_cache,
             autocast=self.accelerator.autocast,
             deterministic=self.config.deterministic,
+            cuda_graphs=self.config.cuda_graphs,
         )
 
 

@@ -76,6 +76,14 @@ class OnlineConfig(ABC):
     )
     max_grad_norm: float | None = setting(None, "clip gradients to this norm; none: don't")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    compile: bool = setting(
+        False,
+        "fuse norms, activations and the head's passes by torch.compile, for sampling and training: "
+        "some ten seconds at first, then faster on a GPU",
+    )
+    cuda_graphs: bool = setting(
+        False, "replay the sampler's steps from CUDA graphs, launched before the last one's tokens are known"
+    )
 
     # What is learned from, and how.
     stop_policies: dict[str, dict[str, Any]] = setting(

@@ -121,11 +121,13 @@ class PolicyTrainer(OnlineTrainer):
         if not trainable:
             raise ModelError("no parameter of the model requires a gradient; load it with is_trainable=True")
         check_precision(trainable, optimizer)
-        optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate)
+        fused = self.accelerator.device.type == "cuda"
+        optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate, fused=fused or None)
         self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
-        policy, self.optimizer = self.accelerator.prepare(
-            PolicyForward(model, value_model=value_model), optimizer
-        )
+        forward = PolicyForward(model, value_model=value_model)
+        if config.compile:
+            forward.compile_parts()
+        policy, self.optimizer = self.accelerator.prepare(forward, optimizer)
         reference = None
         if self.ref_model is not None:
             reference = self.accelerator.prepare_model(PolicyForward(self.ref_model), evaluation_mode=True)
