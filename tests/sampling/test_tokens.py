@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.sampling.test_static import Textless, random_prompts, static_model
+from small_models import Textless, random_prompts, static_model
 
 from etude.models.attention import install
 from etude.sampling.feeds import Feed

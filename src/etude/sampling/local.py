@@ -78,7 +78,7 @@ class LocalSampler:
             their timing and evictions; `etude.sampling.static` says how far that goes. It costs speed: rows
             that stand idle are computed, prompts are fed one by one, and nothing is copied between slots.
         cuda_graphs: replay steps of up to 1,024 tokens from CUDA graphs, and launch each before the tokens of
-            the last are known (`etude.sampling.tokens`). A capture takes some hundredths of a second per size.
+            the last are known (`etude.sampling.tokens`). A capture takes a tenth of a second per size.
 
     Keys and values never take more than `cache_bytes`, nor more than `slots` sessions of `max_length` need.
     All slots are as long as the longest session so far needs; where the budget is short, there are fewer of
