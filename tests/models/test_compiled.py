@@ -36,17 +36,17 @@ def scores(policy, lengths):
 
 
 def test_updates_and_sampling_are_the_same_and_compiled_once(make_llama, tokenizer):
-    model = make_llama(num_hidden_layers=12)  # more than may be compiled anew
+    model = make_llama(num_hidden_layers=9)  # more than may be compiled anew
     policy, counter = PolicyForward(model), CompileCounterWithBackend("aot_eager")
     queries, params = [[5, 6, 7], [9] * 12, [3]], SamplingParams(max_new_tokens=6)
     expected = scores(policy, [15, 25]), scores(policy, [10, 10, 20])
     sampled = continue_all(LocalSampler(model, tokenizer), queries, params, seeds=range(3))
-    assert compile_layers(model, backend=counter) == 12
+    assert compile_layers(model, backend=counter) == 9
     compilations = []
     for lengths, before in zip(([15, 25], [10, 10, 20]), expected, strict=True):
         torch.testing.assert_close(scores(policy, lengths), before)
         compilations.append(counter.frame_count)
-    assert 0 < compilations[0] < 12
+    assert 0 < compilations[0] < 9
     assert compilations[1] == compilations[0], "for any number of tokens"
     again = continue_all(LocalSampler(model, tokenizer), queries, params, seeds=range(3))
     assert [turn.token_ids for turn in again] == [turn.token_ids for turn in sampled]

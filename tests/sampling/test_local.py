@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from etude.errors import CacheBudgetError, SamplerError
-from etude.models import attention
+from etude.models import cached_attention
 from etude.protocols import Sampler
 from etude.runtime.loop import run_sync
 from etude.sampling.local import LocalSampler
@@ -152,11 +152,11 @@ def test_turns_continue_from_the_cache(llama, tokenizer):
 def test_shared_beginnings_are_computed_and_read_once(llama, tokenizer, monkeypatch):
     read_once = [0]
 
-    def spy(q, keys, values, group, scaling, attend=attention._attend_after_prefix):
+    def spy(q, keys, values, group, scaling, attend=cached_attention._attend_after_prefix):
         read_once.append(len(group.members))
         return attend(q, keys, values, group, scaling)
 
-    monkeypatch.setattr(attention, "_attend_after_prefix", spy)
+    monkeypatch.setattr(cached_attention, "_attend_after_prefix", spy)
     preamble = prompts(1)[0] + list(range(40))
     queries = [[*preamble, 7, 8], [*preamble, 7, 8], [*preamble, 9], [*preamble, 3, 4, 5], [1, 2]]
     params = SamplingParams(max_new_tokens=6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.sampling.test_static import Textless, random_prompts, static_model
+from small_models import Textless, random_prompts, static_model
 
 from etude.models.attention import install
 from etude.sampling.feeds import Feed
@@ -57,6 +57,29 @@ def test_any_mix_of_feeds_gives_the_packed_logits(data):
         torch.testing.assert_close(logits, theirs.logits(feeds), rtol=1e-9, atol=1e-9)
         for feed in feeds:
             past[feed.slot] = feed.end
+
+
+def test_a_step_is_launched_before_the_last_one_is_known():
+    model = static_model("llama", torch.float64)
+    sampler, order = LocalSampler(model, Textless(), slots=4), []
+    sampler._backend = token_backend(model, length=sampler._slots.length)
+    launch, land = sampler._launch, sampler._land
+
+    def launched(*args):
+        order.append("launch")
+        return launch(*args)
+
+    def landed():
+        order.extend(["land"] * (sampler._flight is not None))
+        land()
+
+    sampler._launch, sampler._land = launched, landed
+    plain, bound = SamplingParams(max_new_tokens=4), SamplingParams(max_new_tokens=4, repetition_penalty=1.1)
+    continue_all(sampler, [[1, 2]], plain, seeds=[1])
+    assert order == ["launch", "launch", "land", "launch", "land", "launch", "land", "land"]
+    order.clear()
+    continue_all(sampler, [[1, 2]], bound, seeds=[1])
+    assert order == ["launch", "land"] * 4, "the next draw depends on this token"
 
 
 @torch.no_grad()

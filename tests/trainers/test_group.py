@@ -296,6 +296,26 @@ def test_gradient_checkpointing_changes_nothing_but_memory(adapter, tokenizer, m
         torch.testing.assert_close(parameter, after[1][name], atol=1e-12, rtol=0, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # the compiler's own
+def test_layers_and_head_are_compiled_on_request(tokenizer, make_llama):
+    model = make_llama()
+    trainer = GRPOTrainer(model, settings_of(GRPOConfig, compile=True), processing_class=tokenizer)
+    assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
+    head = trainer.learner.policy.head
+    assert (
+        head.passes.scores
+        is not GRPOTrainer(
+            make_llama(), settings_of(GRPOConfig), processing_class=tokenizer
+        ).learner.policy.head.passes.scores
+    )
+
+
+def test_cuda_graphs_need_a_gpu(tokenizer, make_llama):
+    config = settings_of(GRPOConfig, cuda_graphs=True)
+    with pytest.raises(ConfigError, match="one CUDA device"):
+        GRPOTrainer(make_llama(), config, processing_class=tokenizer).sampler  # noqa: B018
+
+
 def test_a_model_by_the_name_of_its_directory(tokenizer, make_llama, tmp_path):
     make_llama().save_pretrained(tmp_path)
     trainer = RLOOTrainer(str(tmp_path), settings_of(RLOOConfig), processing_class=tokenizer)

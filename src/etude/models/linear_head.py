@@ -74,8 +74,9 @@ class LinearHead(torch.autograd.Function):
         rows: int,
         temperature: float,
         entropy_gradient: bool,
-        passes: ChunkPasses,
+        passes: ChunkPasses | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        passes = passes or ChunkPasses()
         dtype = _computing_dtype(weight_VD)
         precise = torch.promote_types(dtype, torch.float32)
         totals_M, logprobs_M, entropies_M = (
