@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from etude.models.adapters import current_peft
 from peft import LoraConfig, get_peft_model
 
 from etude.app.cli import main
 from etude.app.eval import load_noises
 from etude.data.noise import SHIPPED, CharacterNoise, Paraphrase
 from etude.errors import ConfigError
+from etude.models.adapters import current_peft
 from etude.runtime.run import RunDirectory
 
 CODE = """

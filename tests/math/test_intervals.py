@@ -164,8 +164,8 @@ def test_the_jackknife_of_a_mean_is_its_standard_error(values):
     without = (x.sum() - x) / (len(x) - 1)
     found = jackknife(float(x.mean()), without)
     error = float(x.std() / math.sqrt(len(x)))
-    assert found.high - found.value == pytest.approx(1.959964 * error, abs=1e-6)
-    assert found.value - found.low == pytest.approx(found.high - found.value)
+    assert found.high - found.value == pytest.approx(1.959964 * error, rel=1e-6, abs=1e-6)
+    assert found.value - found.low == pytest.approx(found.high - found.value, abs=1e-9)
 
 
 def test_one_task_has_no_jackknife():
