@@ -1,4 +1,4 @@
-"""TRL 1.16's side of the SFT benchmarks, in a worker process: the time of steps, or the memory of one."""
+"""TRL 1.16's side of the SFT benchmarks, in a worker process: the time of steps, or the memory of some."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from benchmarks.scripted import describe
 
 
 def answer(model: str, before: int, request: dict[str, Any]) -> dict[str, Any]:
-    made = sft_work.make_model(model, request.get("attention"))
-    times = sft_work.train(SFTTrainer, SFTConfig, made, request)
-    return {**times, "bytes": wide.peak_bytes() - before}
+    return {
+        **sft_work.train(SFTTrainer, SFTConfig, model, request),
+        "bytes": wide.peak_bytes() - before,
+    }
 
 
 def start(model: str) -> tuple[dict[str, Any], Answer]:

@@ -109,6 +109,7 @@ def test_a_pair_becomes_two_ratings():
         ([PAIR], ["prompt"]),
         ([{"text": "a"}], DEMONSTRATIONS),
         ([{"prompt": "a", "completion": "b", "label": True}], ["unpaired-preference", "preference"]),
+        ([{"prompt": "a", "completion": "b", "label": True}], ["unpaired-preference", "prompt-completion"]),
         ([{"prompt": "a", "completion": "b", "label": "news"}], ["prompt-completion"]),  # another column
     ],
 )
@@ -158,6 +159,14 @@ def test_tool_calls_survive_conversion():
             rows[0]["chosen"][1:], rows[0]["rejected"][1:], rows[1]["chosen"][1:], rows[1]["rejected"][1:]
         ]  # fmt: skip
         assert [row["prompt"] for row in rated] == [[ASK]] * 4
+
+
+def test_messages_with_other_keys_fit_in_one_column():
+    named = {"role": "tool", "content": "4", "name": "add"}
+    table = Dataset.from_list([{"chosen": [ASK, FOUR], "rejected": [ASK, named]}])
+    assert table.features["chosen"] != table.features["rejected"]
+    rated = convert(table, ["unpaired-preference"])
+    assert list(rated["completion"]) == [[FOUR], [named]]
 
 
 def test_what_cannot_be_made_is_refused():

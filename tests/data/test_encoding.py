@@ -265,6 +265,9 @@ def test_a_part_after_ordinary_text_continues_it():
     assert tokens("ab<in>ab") == ["ab", "<in>", "▁a", "b"]
     assert len(tokens("ab<call>ab")) == 3, "a space would hide an added token that is normalized"
     assert tokens("") == []
+    longer = with_special_tokens(llama_like())
+    longer.add_special_tokens({"additional_special_tokens": [AddedToken("<in>b", normalized=False)]})
+    assert longer.convert_ids_to_tokens(encode_after(longer, "<in>", "b")) == ["b"], "it stays what it is"
 
 
 def test_prompts_start_as_the_tokenizers_own_call_does_and_end_open():

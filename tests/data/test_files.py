@@ -132,6 +132,13 @@ def test_what_tables_fill_up_is_taken_out(folder, same_types):
         assert list(loaded["tools"]) == [row["tools"] for row in rows]
 
 
+def test_calls_without_an_id_have_none(folder):
+    """Arguments as JSON, so that calls differ in their own keys only."""
+    calls = [{"name": "f", "arguments": "{}"}, {"name": "f", "arguments": "{}", "id": "1"}]
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    assert load_rows(Dataset.from_list(rows)).to_list() == rows
+
+
 def test_other_columns_stay_as_they_are():
     """Structs elsewhere, and messages that have nothing to fill up: nothing is converted."""
     rows = [{"messages": [{"role": "user", "content": "a"}], "info": [{"a": {"b": None, "c": 1}}]}]

@@ -143,6 +143,19 @@ def test_options_of_the_template():
         assert to_prompt({**row, "prompt": MESSAGES[:1]}, tokenizer).text.startswith("terse<|im_start|>")
 
 
+def test_a_template_without_an_end_of_turn():
+    """The EOS ends what the assistant says last, and nothing else."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    assert targets(to_episode({"messages": MESSAGES}, tokenizer)) == "4\nYes\n</s>"
+    asked = {"messages": [*MESSAGES[:2], {"role": "user", "content": "Sure?"}]}
+    assert targets(to_episode(asked, tokenizer)) == "4\n"
+    whole = {"assistant_only_loss": False}
+    assert targets(to_episode(asked, tokenizer, **whole)).endswith("user: Sure?\n")
+    assert targets(to_episode({"messages": MESSAGES}, tokenizer, **whole)).endswith("assistant: Yes\n</s>")
+
+
 def test_prompts():
     assert to_prompt({"prompt": "2+2="}, WITH_BOS) == Segment("prompt", "2+2=", WITH_BOS("2+2=")["input_ids"])
     for messages, end in (

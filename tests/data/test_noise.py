@@ -73,7 +73,7 @@ def test_characters_change_letters_only(text, seed, rate):
     assert noisy == noise(text, seed) == CharacterNoise(rate)(text, seed)
     assert [c for c in noisy if not c.isalpha()] == [c for c in text if not c.isalpha()]
     assert {c for c in noisy if c.isalpha()} <= {c for c in text if c.isalpha()}
-    assert spans(noisy, noise.protect) == spans(text, noise.protect)
+    assert all(span in noisy for span in spans(text, noise.protect))  # of which a lost word may join two
 
 
 @given(TEXTS, SEEDS)

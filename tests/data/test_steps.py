@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 from template_families import FAMILIES, TOOLS, family_tokenizer
 
@@ -65,6 +67,15 @@ def test_turns_as_steps():
 def test_rows_that_are_wrong(change, match):
     with pytest.raises(DataError, match=match):
         to_steps({**ROW, **change}, GPT)
+
+
+def test_a_template_that_marks_parts_of_a_turn_is_refused():
+    tokenizer = copy.deepcopy(GPT)
+    marked = "{% generation %}{{ m.content[0] }}{% endgeneration %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{marked}|{marked}{{% endfor %}}"
+    row = {"prompt": TOOLS[:1], "completions": [TOOLS[3:4]], "labels": [True]}
+    with pytest.raises(DataError, match="marks 2 parts of 1 turns; expected one in each"):
+        to_steps(row, tokenizer)
 
 
 def test_an_empty_step_needs_a_separator():

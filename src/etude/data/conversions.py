@@ -165,7 +165,12 @@ def split_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
 def _common(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     """How many items both begin with, so that something is left of each."""
     most = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(most) if chosen[i] != rejected[i]), max(most, 0))
+    return next((i for i in range(most) if _plain(chosen[i]) != _plain(rejected[i])), max(most, 0))
+
+
+def _plain(item: Any) -> Any:
+    """A message without the keys that tables fill up; a character as it is."""
+    return {k: v for k, v in item.items() if v is not None} if isinstance(item, Mapping) else item
 
 
 def _common_words(chosen: str, rejected: str) -> int:

@@ -304,7 +304,7 @@ class OnlineTrainer(ABC):
             if main:
                 run.reset()
         if main:
-            run.write_config({**self.run_config, **self.config.to_dict()})
+            run.write_config({**self.config.to_dict(), **self.run_config})
         self.accelerator.wait_for_everyone()
         return run
 
