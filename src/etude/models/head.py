@@ -171,7 +171,9 @@ class ChunkedHead:
         """
         vocabulary = self.model.config.get_text_config().vocab_size
         rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes)
-        if is_plain and rows < len(states_MD):
+        # Logits of a CPU that fit are kept there, too: gone over block by block.
+        fused = is_plain and (rows < len(states_MD) or states_MD.device.type == "cpu")
+        if fused and len(states_MD):
             parameters = layer.weight, layer.bias
             return TokenScores(*LinearHead.apply(states_MD, *parameters, targets_M, self.finish, rows, *how))
 
