@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from etude.data.batch import PackedBatch, Trajectory
+from etude.models import plans
 from etude.models.forward import PolicyForward
 from etude.models.update_mode import update_mode
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
@@ -45,7 +46,22 @@ def make_gptj(tokenizer):
     return GPTJForCausalLM(config).double().eval()
 
 
-# Nearly equal lengths are computed as a rectangle, uneven ones each by itself.
+@pytest.fixture(params=["one by one", "together"])
+def kernels(request, monkeypatch):
+    """As on a CPU, and as elsewhere: nearly equal lengths as a rectangle, uneven ones each by itself."""
+    if request.param == "together":
+        monkeypatch.setattr(plans, "ONE_BY_ONE", frozenset())
+
+
+def test_where_sequences_are_computed_together(monkeypatch):
+    assert plans.PackedPlan((9, 10, 11, 10)).rectangle is None
+    monkeypatch.setattr(plans, "ONE_BY_ONE", frozenset())
+    assert plans.PackedPlan((9, 10, 11, 10)).rectangle.rows == 4
+    assert plans.PackedPlan((2, 31, 5, 14)).rectangle is None
+    assert plans.PackedPlan((7,)).rectangle is None
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("lengths", [(9, 10, 11, 10), (2, 31, 5, 14), (7,)], ids=["even", "uneven", "one"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
@@ -111,6 +127,7 @@ def test_gradients_of_entropies_equal_sequences_one_by_one(family, lengths, toke
         torch.testing.assert_close(found, expected, **exact)  # GPT-J's attention is in single precision
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("lengths", [(9, 10, 11, 10), (2, 31, 5, 14)])
 def test_gradients_equal_sequences_one_by_one(lengths, tokenizer, make_llama):
     model = AutoModelForCausalLMWithValueHead(make_llama(dtype=torch.float64))

@@ -11,6 +11,10 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.data.batch import PackedBatch, Trajectory
+<<<<<<< HEAD
+=======
+from etude.models import linear_head
+>>>>>>> h-bench
 from etude.models.adapters import add_adapter
 from etude.models.forward import PolicyForward
 from etude.models.head import ChunkedHead, chunk_rows
@@ -22,6 +26,7 @@ VOCABULARY = 61
 ROWS = 4  # states per chunk, at most
 CHUNK = ROWS * 4 * VOCABULARY
 WHOLE = 2**40
+BLOCK = 3 * 4 * VOCABULARY  # what a CPU goes over at a time: no divisor of a chunk
 F64 = torch.float64
 
 SMALL = {
@@ -40,6 +45,11 @@ SMALL = {
 }
 GEMMA = {**SMALL, "head_dim": 8, "final_logit_softcapping": 2.0}
 GPTJ = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4, "initializer_range": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(linear_head, "BLOCK_BYTES", BLOCK)
 
 
 def llama(**settings):
@@ -107,10 +117,11 @@ def scored(forward, batch, temperature=0.8, keep_logits=False, entropy_gradient=
     return output, {name: None if g is None else g.clone() for name, g in gradients.items()}
 
 
+@pytest.mark.parametrize("chunk_bytes", [CHUNK, WHOLE])
 @pytest.mark.parametrize("name", MAKERS)
-def test_equals_the_model_s_own_logits(name):
+def test_equals_the_model_s_own_logits(name, chunk_bytes):
     model, batch = make(name), packed_batch()
-    chunked = PolicyForward(model, CHUNK)
+    chunked = PolicyForward(model, chunk_bytes)
     assert chunked.head is not None
     assert len(batch.states) > 2 * ROWS
     output, gradients = scored(chunked, batch)
@@ -123,10 +134,11 @@ def test_equals_the_model_s_own_logits(name):
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_bytes", [CHUNK, WHOLE])
 @pytest.mark.parametrize("name", MAKERS)
-def test_an_entropy_bonus_equals_that_of_the_model_s_own_logits(name):
+def test_an_entropy_bonus_equals_that_of_the_model_s_own_logits(name, chunk_bytes):
     model, batch = make(name), packed_batch()
-    output, gradients = scored(PolicyForward(model, CHUNK), batch, entropy_gradient=True)
+    output, gradients = scored(PolicyForward(model, chunk_bytes), batch, entropy_gradient=True)
     expected, expected_gradients = scored(
         PolicyForward(model), batch, keep_logits=True, entropy_gradient=True
     )
@@ -140,7 +152,9 @@ def test_an_entropy_bonus_equals_that_of_the_model_s_own_logits(name):
 
 @pytest.mark.parametrize("finish", [Finish(), Finish(0.5), Finish(softcap=2.0), Finish(2.0, 3.0)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradients_of_entropies_by_finite_differences(finish, bias):
+@pytest.mark.parametrize("rows", [2, 5])
+def test_gradients_of_entropies_by_finite_differences(finish, bias, rows, monkeypatch):
+    monkeypatch.setattr(linear_head, "BLOCK_BYTES", 2 * 4 * 7)
     torch.manual_seed(0)
     states, weight = (torch.randn(5, 4, dtype=F64), torch.randn(7, 4, dtype=F64))
     inputs = [states, weight, torch.randn(7, dtype=F64) if bias else None]
@@ -149,9 +163,20 @@ def test_gradients_of_entropies_by_finite_differences(finish, bias):
     targets = torch.tensor([0, 6, 3, 3, 1])
 
     def scores(*inputs):
-        return LinearHead.apply(*inputs, targets, finish, 2, 0.7, True)[:2]
+        return LinearHead.apply(*inputs, targets, finish, rows, 0.7, True)[:2]
 
     assert torch.autograd.gradcheck(scores, inputs)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_a_second_backward_pass(rows):
+    """The logits that were kept are used up by the first."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(5, 4, dtype=F64).requires_grad_(), torch.randn(7, 4, dtype=F64).requires_grad_()]
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    logprobs, _, _ = LinearHead.apply(*inputs, None, targets, Finish(), rows, 1.0, False)
+    first = torch.autograd.grad(logprobs.sum(), inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(logprobs.sum(), inputs), first)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -310,8 +335,9 @@ def test_no_states_at_all():
 @pytest.mark.parametrize("finish", [Finish(), Finish(0.5), Finish(softcap=2.0), Finish(2.0, 3.0)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("weigh", [torch.ones_like, torch.exp], ids=["ones", "probabilities"])
-def test_a_total_is_the_sum_of_the_scores(finish, bias, weigh):
+def test_a_total_is_the_sum_of_the_scores(finish, bias, weigh, monkeypatch):
     """Value and gradients of autograd's own sum, the weights held fixed; scaled by what comes after."""
+    monkeypatch.setattr(linear_head, "BLOCK_BYTES", 2 * 4 * 7)
     torch.manual_seed(0)
     inputs = [torch.randn(5, 4, dtype=F64), torch.randn(7, 4, dtype=F64)]
     inputs += [torch.randn(7, dtype=F64) if bias else None]
@@ -321,7 +347,7 @@ def test_a_total_is_the_sum_of_the_scores(finish, bias, weigh):
     targets = torch.tensor([0, 6, 3, 3, 1])
     logprobs, entropies, hits = LinearHead.apply(*inputs, targets, finish, 2, 1.0, False)
     expected = (weigh(logprobs.detach()) * logprobs).sum()
-    total, *scores = LinearTotal.apply(*inputs, targets, finish, 2, weigh, True)
+    total, *scores = LinearTotal.apply(*inputs, targets, finish, 3, weigh, True)
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(scores, [logprobs.detach(), entropies, hits], rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad(3 * expected, given)

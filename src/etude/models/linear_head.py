@@ -20,6 +20,8 @@ from transformers import PreTrainedConfig
 
 from etude.math.logprobs import scaled_logits
 
+BLOCK_BYTES = 2**20  # of logits, on a CPU: what stays in its cache while it is gone over a dozen times
+
 # By these settings some families multiply their logits (1), or divide them (−1).
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 
@@ -59,8 +61,9 @@ class Finish:
 class LinearHead(torch.autograd.Function):
     """A plain linear layer, its finish and the scores of tokens, in chunks.
 
-    Backward turns each chunk's logits, computed again, in place into their own gradient, and adds up the
-    weight's gradient in one buffer of the weight's precision: autograd would make a [V, D] for each chunk.
+    Backward turns each chunk's logits in place into their own gradient, and adds up the weight's gradient in
+    one buffer of the weight's precision: autograd would make a [V, D] for each chunk. It computes the logits
+    again; those of a single chunk were kept.
     """
 
     @staticmethod
@@ -83,12 +86,22 @@ class LinearHead(torch.autograd.Function):
             states_MD.new_empty(len(states_MD), dtype=precise) for _ in range(3)
         )
         hits_M = torch.empty_like(totals_M, dtype=torch.bool)
+        keep = rows >= len(states_MD) and any(ctx.needs_input_grad)
+        ctx.raw_MV = None
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
                 raw_CV = linear(states_MD[here].to(dtype), weight, bias)
+<<<<<<< HEAD
                 scores = passes.scores(raw_CV, targets_M[here, None], finish, temperature)
                 logprobs_M[here], entropies_M[here], totals_M[here], hits_M[here] = scores
+=======
+                for part, raw_BV in _blocks(here, raw_CV):
+                    logits_BV = scaled_logits(finish(raw_BV.clone() if keep else raw_BV), temperature)
+                    scores = _scores(logits_BV, targets_M[part, None])
+                    logprobs_M[part], entropies_M[part], totals_M[part], hits_M[part] = scores
+                ctx.raw_MV = raw_CV if keep else None
+>>>>>>> h-bench
         kept_M = entropies_M if entropy_gradient else None
         ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M, kept_M)
         ctx.settings = finish, temperature, rows, dtype, passes
@@ -109,6 +122,7 @@ class LinearHead(torch.autograd.Function):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
                 states_CD = states_MD[here].to(dtype)
+<<<<<<< HEAD
                 d_raw = passes.gradient(
                     linear(states_CD, weight, bias),
                     targets_M[here, None],
@@ -120,6 +134,25 @@ class LinearHead(torch.autograd.Function):
                 )
                 _accumulate(d_raw, states_CD, weight, here, d_states, d_weight, d_bias)
         return d_states, d_weight, d_bias, None, None, None, None, None, None
+=======
+                raw_CV, ctx.raw_MV = ctx.raw_MV, None  # overwritten below: a second pass computes it again
+                if raw_CV is None:
+                    raw_CV = linear(states_CD, weight, bias)
+                for part, raw_BV in _blocks(here, raw_CV):
+                    with_entropies = entropies_M is not None
+                    d_raw_BV = _logits_gradient(
+                        raw_BV,
+                        targets_M[part, None],
+                        totals_M[part, None],
+                        gradients[0][part, None],
+                        (entropies_M[part, None], gradients[1][part, None]) if with_entropies else None,
+                        finish,
+                        temperature,
+                    )
+                    raw_BV.copy_(d_raw_BV)
+                _accumulate(raw_CV, states_CD, weight, here, d_states, d_weight, d_bias)
+        return d_states, d_weight, d_bias, None, None, None, None, None
+>>>>>>> h-bench
 
 
 Weigh = Callable[[Tensor], Tensor]  # log-probabilities → weights
@@ -158,18 +191,19 @@ class LinearTotal(torch.autograd.Function):
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
-                states_CD, targets_C1 = states_MD[here].to(dtype), targets_M[here, None]
-                logits_CV = finish(linear(states_CD, weight, bias))
-                slope_CV = finish.slope(logits_CV) if learning else None
-                logprobs_M[here], entropies_M[here], probs_CV, hits_M[here] = _probabilities(
-                    logits_CV, targets_C1
-                )
-                if not learning:
-                    continue
-                weights_C1 = weigh(logprobs_M[here])[:, None] * finish.scale
-                d_raw = probs_CV.mul_(-weights_C1).scatter_add_(-1, targets_C1, weights_C1)
-                d_raw = (d_raw if slope_CV is None else d_raw.mul_(slope_CV)).to(dtype)
-                _accumulate(d_raw, states_CD, weight, here, d_states, d_weight, d_bias)
+                states_CD = states_MD[here].to(dtype)
+                raw_CV = linear(states_CD, weight, bias)
+                for part, raw_BV in _blocks(here, raw_CV):
+                    logits_BV, targets_B1 = finish(raw_BV), targets_M[part, None]
+                    slope_BV = finish.slope(logits_BV) if learning else None
+                    scores = _probabilities(logits_BV, targets_B1)
+                    logprobs_M[part], entropies_M[part], probs_BV, hits_M[part] = scores
+                    if learning:
+                        weights_B1 = weigh(logprobs_M[part])[:, None] * finish.scale
+                        d_raw_BV = probs_BV.mul_(-weights_B1).scatter_add_(-1, targets_B1, weights_B1)
+                        raw_BV.copy_(d_raw_BV if slope_BV is None else d_raw_BV.mul_(slope_BV))
+                if learning:
+                    _accumulate(raw_CV, states_CD, weight, here, d_states, d_weight, d_bias)
         ctx.gradients = d_states, d_weight, d_bias
         ctx.mark_non_differentiable(logprobs_M, entropies_M, hits_M)
         return (weigh(logprobs_M) * logprobs_M).sum(), logprobs_M, entropies_M, hits_M
@@ -284,6 +318,15 @@ class ChunkPasses:
 
 def _chunks(count: int, rows: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, count, rows))
+
+
+def _blocks(chunk: slice, raw_CV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A chunk's rows, a few at a time on a CPU: where they are among all, and what is to be gone over."""
+    count, vocabulary = raw_CV.shape
+    rows = count if raw_CV.device.type != "cpu" else max(1, BLOCK_BYTES // (4 * vocabulary))
+    for start in range(0, count, max(1, rows)):
+        block = raw_CV[start : start + rows]
+        yield slice(chunk.start + start, chunk.start + start + len(block)), block
 
 
 def _computing_dtype(weight: Tensor) -> torch.dtype:

@@ -23,6 +23,9 @@ from etude.models.slot_cache import SlotCache
 PLAN = "packed_plan"  # the keyword under which a plan travels through the model
 LONG_PROMPT = 512  # tokens; up to here it costs little on a GPU that each reads all before it
 
+# Devices where a kernel's start costs less than the padding that would save it, and than gathering rows.
+ONE_BY_ONE = frozenset({"cpu"})
+
 
 @dataclass
 class PackedPlan:
@@ -79,7 +82,9 @@ class PackedPlan:
 
     @cached_property
     def rectangle(self) -> Rectangle | None:
-        """The roots as rows of equal length, unless most of that would be padding."""
+        """The roots as rows of equal length, unless most of that would be padding, or it wouldn't pay."""
+        if torch.device(self.device).type in ONE_BY_ONE:
+            return None
         return Rectangle.of(self.roots, self.device)
 
     @cached_property
