@@ -11,10 +11,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.data.batch import PackedBatch, Trajectory
-<<<<<<< HEAD
-=======
 from etude.models import linear_head
->>>>>>> h-bench
 from etude.models.adapters import add_adapter
 from etude.models.forward import PolicyForward
 from etude.models.head import ChunkedHead, chunk_rows

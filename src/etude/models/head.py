@@ -179,16 +179,8 @@ class ChunkedHead:
         Args:
             how: the temperature, and whether entropies have a gradient.
         """
-<<<<<<< HEAD
         rows = self._rows(states_MD)
         if is_plain and rows < len(states_MD):
-=======
-        vocabulary = self.model.config.get_text_config().vocab_size
-        rows = chunk_rows(len(states_MD), vocabulary, self.chunk_bytes)
-        # Logits of a CPU that fit are kept there, too: gone over block by block.
-        fused = is_plain and (rows < len(states_MD) or states_MD.device.type == "cpu")
-        if fused and len(states_MD):
->>>>>>> h-bench
             parameters = layer.weight, layer.bias
             settings = targets_M, self.finish, rows, *how, self.passes
             return TokenScores(*LinearHead.apply(states_MD, *parameters, *settings))

@@ -61,9 +61,8 @@ class Finish:
 class LinearHead(torch.autograd.Function):
     """A plain linear layer, its finish and the scores of tokens, in chunks.
 
-    Backward turns each chunk's logits in place into their own gradient, and adds up the weight's gradient in
-    one buffer of the weight's precision: autograd would make a [V, D] for each chunk. It computes the logits
-    again; those of a single chunk were kept.
+    Backward turns each chunk's logits, computed again, in place into their own gradient, and adds up the
+    weight's gradient in one buffer of the weight's precision: autograd would make a [V, D] for each chunk.
     """
 
     @staticmethod
@@ -86,22 +85,12 @@ class LinearHead(torch.autograd.Function):
             states_MD.new_empty(len(states_MD), dtype=precise) for _ in range(3)
         )
         hits_M = torch.empty_like(totals_M, dtype=torch.bool)
-        keep = rows >= len(states_MD) and any(ctx.needs_input_grad)
-        ctx.raw_MV = None
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
                 raw_CV = linear(states_MD[here].to(dtype), weight, bias)
-<<<<<<< HEAD
                 scores = passes.scores(raw_CV, targets_M[here, None], finish, temperature)
                 logprobs_M[here], entropies_M[here], totals_M[here], hits_M[here] = scores
-=======
-                for part, raw_BV in _blocks(here, raw_CV):
-                    logits_BV = scaled_logits(finish(raw_BV.clone() if keep else raw_BV), temperature)
-                    scores = _scores(logits_BV, targets_M[part, None])
-                    logprobs_M[part], entropies_M[part], totals_M[part], hits_M[part] = scores
-                ctx.raw_MV = raw_CV if keep else None
->>>>>>> h-bench
         kept_M = entropies_M if entropy_gradient else None
         ctx.save_for_backward(states_MD, weight_VD, bias_V, targets_M, totals_M, kept_M)
         ctx.settings = finish, temperature, rows, dtype, passes
@@ -122,7 +111,6 @@ class LinearHead(torch.autograd.Function):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
                 states_CD = states_MD[here].to(dtype)
-<<<<<<< HEAD
                 d_raw = passes.gradient(
                     linear(states_CD, weight, bias),
                     targets_M[here, None],
@@ -134,25 +122,6 @@ class LinearHead(torch.autograd.Function):
                 )
                 _accumulate(d_raw, states_CD, weight, here, d_states, d_weight, d_bias)
         return d_states, d_weight, d_bias, None, None, None, None, None, None
-=======
-                raw_CV, ctx.raw_MV = ctx.raw_MV, None  # overwritten below: a second pass computes it again
-                if raw_CV is None:
-                    raw_CV = linear(states_CD, weight, bias)
-                for part, raw_BV in _blocks(here, raw_CV):
-                    with_entropies = entropies_M is not None
-                    d_raw_BV = _logits_gradient(
-                        raw_BV,
-                        targets_M[part, None],
-                        totals_M[part, None],
-                        gradients[0][part, None],
-                        (entropies_M[part, None], gradients[1][part, None]) if with_entropies else None,
-                        finish,
-                        temperature,
-                    )
-                    raw_BV.copy_(d_raw_BV)
-                _accumulate(raw_CV, states_CD, weight, here, d_states, d_weight, d_bias)
-        return d_states, d_weight, d_bias, None, None, None, None, None
->>>>>>> h-bench
 
 
 Weigh = Callable[[Tensor], Tensor]  # log-probabilities → weights
