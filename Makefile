@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install browser demo test test-peers check lint types format peers bench-rollout bench-train bench-learning bench-robustness clean
+.PHONY: install browser demo test test-peers check lint types format peers bench-rollout bench-train bench-sft bench-learning bench-robustness clean
 
 install: $(STAMP)
 
@@ -60,6 +60,10 @@ bench-rollout: install
 # Updates and whole steps: time and memory, against TRL 0.7.4, TRL 1.16 and the bare forward and backward.
 bench-train: install
 	$(BIN)/python -m benchmarks.train $(BENCH_ARGS)
+
+# Supervised fine-tuning: tokens per second and memory, against TRL 1.16 and whole logits; about 15 minutes.
+bench-sft: install
+	$(BIN)/python -m benchmarks.sft $(BENCH_ARGS)
 
 # What is learnt in equal wall time, ours and TRL's: a table, curves; half an hour on two quiet cores.
 bench-learning: install
