@@ -11,14 +11,12 @@ where they have changed. Where we differ from TRL, and on purpose, the inputs le
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.peers import install
-from tests.peers.test_trl1 import close, require_same
+from peer_numbers import made_again, require_same
+from tests.peers.test_trl1 import close
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -95,10 +93,4 @@ def test_a_whole_model_packed_and_padded(name, make_trainer):
 
 @pytest.mark.peers
 def test_the_numbers_are_those_of_trl(tmp_path):
-    assert install.is_installed("trl1"), "make test-peers installs TRL 1.16, which makes these numbers"
-    script = VALUES.with_name("trl1_reward.py")
-    environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [install.python("trl1"), script, tmp_path / "values.json"], check=True, env=environment, timeout=240
-    )
-    require_same(json.loads((tmp_path / "values.json").read_text()), PEER, "values")
+    require_same(made_again(VALUES.with_name("trl1_reward.py"), tmp_path), PEER, "values")

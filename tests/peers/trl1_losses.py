@@ -10,10 +10,6 @@ computes from the model.
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from written import write
 
 VOCABULARY, LONGEST, GROUP, TEMPERATURE = 16, 10, 4, 0.7
 MODEL = {
@@ -299,20 +296,5 @@ def values(folder: str) -> dict[str, Any]:
     }
 
 
-def shortened(value: Any) -> Any:
-    """Nine digits of every number: as many as tell one float32 from the next."""
-    if isinstance(value, dict):
-        return {name: shortened(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [shortened(part) for part in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps(shortened(values(folder)))
-    Path(sys.argv[1]).write_text(text.replace('], "', '],\n"').replace('}, "', '},\n"') + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write(values)

@@ -9,10 +9,6 @@ on a batch of token ids through the model itself, with the gradient of one of it
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from trl1_losses import MODEL, VOCABULARY, shortened
+from trl1_losses import MODEL, VOCABULARY
+from written import write
 
 REFERENCE = 1.25  # the reference's weights are the model's times this
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
@@ -293,11 +290,5 @@ def values(folder: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps(shortened(values(folder)))
-    Path(sys.argv[1]).write_text(text.replace('], "', '],\n"').replace('}, "', '},\n"') + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write(values)

@@ -9,10 +9,6 @@ evaluated: on given scores, and on the model's, of answers of different lengths,
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +17,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
+from written import write
 
 WORDS = "abcdefghijklmnop"
 VOCABULARY = len(WORDS)
@@ -132,20 +129,5 @@ def values(folder: str) -> dict[str, Any]:
     }
 
 
-def shortened(value: Any) -> Any:
-    """Nine digits of every number: as many as tell one float32 from the next."""
-    if isinstance(value, dict):
-        return {name: shortened(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [shortened(part) for part in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps(shortened(values(folder)))
-    Path(sys.argv[1]).write_text(text.replace('], "', '],\n"').replace('}, "', '},\n"') + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write(values)

@@ -10,9 +10,6 @@ optimizer step on all of them.
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from written import write
 
 WORDS = "abcdefghijklmnop"
 ADDED = ("<end>", "<user>", "<model>")
@@ -187,20 +185,5 @@ def values(folder: str) -> dict[str, Any]:
     }
 
 
-def shortened(value: Any) -> Any:
-    """Nine digits of every number: as many as tell one float32 from the next."""
-    if isinstance(value, dict):
-        return {name: shortened(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [shortened(part) for part in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        text = json.dumps(shortened(values(folder)))
-    Path(sys.argv[1]).write_text(text.replace('], "', '],\n"').replace('}, "', '},\n"') + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    write(values)

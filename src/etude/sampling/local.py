@@ -19,13 +19,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from os.path import commonprefix
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.encoding import decode
 from etude.errors import CacheBudgetError, ConfigError, SamplerError
 from etude.models.packing import rotary_switch
 from etude.models.prepacked import PrepackedLinears
@@ -36,7 +34,7 @@ from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheLimits, format_size, parse_size
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
-from etude.sampling.stop import StopStrings, token_texts
+from etude.sampling.stop import KnownStops
 from etude.sampling.weights import WeightWatch
 from etude.types import FinishReason, Sampled, SamplingParams
 
@@ -139,8 +137,7 @@ class LocalSampler:
         self._running: list[Turn] = []
         self._flight: Flight | None = None
         self._pump: asyncio.Task[None] | None = None
-        self._stops: dict[tuple[str, ...], StopStrings] = {}
-        self._token_texts: list[str] | None = None
+        self._stops = KnownStops(tokenizer)
 
     def _limits(self, cache_bytes: int | str | None) -> CacheLimits:
         budget = None if cache_bytes is None else parse_size(cache_bytes)
@@ -220,7 +217,7 @@ class LocalSampler:
         if params.forced_prefix:
             self._check_forced(max(params.forced_prefix))
         session.token_ids.extend(token_ids)
-        stop = self._stop_strings(params.stop) if params.stop else None
+        stop = self._stops[params.stop] if params.stop else None
         future = asyncio.get_running_loop().create_future()
         limit = min(params.max_new_tokens, len(params.forced_prefix) + room)
         turn = Turn(session, params, limit, stop, future)
@@ -380,21 +377,7 @@ class LocalSampler:
             self._running = [turn for turn in self._running if not turn.over]
 
     def _finish(self, turn: Turn, finish: FinishReason) -> None:
-        ids = turn.token_ids[:-1] if finish == "eos" else turn.token_ids
-        text = decode(self.tokenizer, ids)
-        # A character that forced and sampled tokens share belongs to the sampled part.
-        beginning = decode(self.tokenizer, ids[: turn.forced]) if turn.forced else ""
-        forced = commonprefix([beginning, text])  # noqa: RUF071 (of characters, as it should be)
-        sampled = Sampled(
-            turn.token_ids,
-            text,
-            turn.logprobs,
-            turn.sampling_logprobs,
-            finish,
-            turn.version,
-            forced=turn.forced,
-            forced_text=forced,
-        )
+        sampled = turn.sampled(self.tokenizer, finish)
         turn.over = True
         # A step that ran ahead may have been fed the last token: it is fed again, with what follows.
         turn.session.cached = min(turn.session.cached, len(turn.session.token_ids) - 1)
@@ -459,13 +442,6 @@ class LocalSampler:
         if not turn.result.done():
             turn.result.set_exception(failure)
         turn.session.close()
-
-    def _stop_strings(self, strings: tuple[str, ...]) -> StopStrings:
-        if strings not in self._stops:
-            if self._token_texts is None:
-                self._token_texts = token_texts(self.tokenizer)
-            self._stops[strings] = StopStrings(self.tokenizer, strings, self._token_texts)
-        return self._stops[strings]
 
 
 def _prepacked(model: nn.Module, wanted: bool | None) -> PrepackedLinears | None:

@@ -7,10 +7,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from etude.data.encoding import decode
 from etude.sampling.cuts import Row
 from etude.sampling.stop import StopStrings
 from etude.types import FinishReason, Sampled, SamplingParams
@@ -145,6 +148,23 @@ class Turn:
         self.logprobs.append(logprob)
         self.sampling_logprobs.append(sampling_logprob)
         return self._append(token)
+
+    def sampled(self, tokenizer: PreTrainedTokenizerBase, finish: FinishReason) -> Sampled:
+        """What the turn came to, its text without the end-of-sequence token."""
+        ids = self.token_ids[:-1] if finish == "eos" else self.token_ids
+        text = decode(tokenizer, ids)
+        # A character that forced and sampled tokens share belongs to the sampled part.
+        beginning = decode(tokenizer, ids[: self.forced]) if self.forced else ""
+        return Sampled(
+            self.token_ids,
+            text,
+            self.logprobs,
+            self.sampling_logprobs,
+            finish,
+            self.version,
+            forced=self.forced,
+            forced_text=commonprefix([beginning, text]),  # noqa: RUF071 (of characters, as it should be)
+        )
 
     def _append(self, token: int) -> FinishReason | None:
         self.session.token_ids.append(token)

@@ -8,6 +8,7 @@ put spaces between tokens: a stop string that ends in one is looked for after ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,6 +39,21 @@ class StopStrings:
         # Every token but a few special ones spells at least one byte, so this many reach far enough.
         tail = decode(self.tokenizer, token_ids[-self.reach - 1 :])
         return any(string in tail for string in self.strings)
+
+
+class KnownStops(dict[tuple[str, ...], StopStrings]):
+    """Stop strings by themselves, made when first asked for; the vocabulary is read for them once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        return token_texts(self.tokenizer)
+
+    def __missing__(self, strings: tuple[str, ...]) -> StopStrings:
+        self[strings] = StopStrings(self.tokenizer, strings, self.token_texts)
+        return self[strings]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

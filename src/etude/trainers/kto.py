@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from etude.math.likelihood import sequence_sums
 from etude.math.unpaired import kto_baseline, kto_loss
 from etude.trainers.kto_config import KTOConfig
 from etude.trainers.means import Sums
-from etude.trainers.preference import answer_of
+from etude.trainers.preference import answer_of, decoder_options
 from etude.trainers.reference import evaluation_mode
 from etude.trainers.reference_trainer import ReferenceTrainer
 from etude.trainers.tokenizing import map_rows
@@ -181,15 +182,9 @@ def tokenize_ratings(
         DataError: the columns or a row are wrong (named by its number), or no row is left.
     """
     dataset = convert(load_rows(rows), ["unpaired-preference"], num_proc=config.dataset_num_proc)
-    return map_rows(
-        dataset,
-        _tokenize_source if is_encoder_decoder else _tokenize_rating,
-        config,
-        what="have an answer without a token to judge",
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        **({} if is_encoder_decoder else {"mode": config.truncation_mode, "append_eos": config.append_eos}),
-    )
+    row = _tokenize_source if is_encoder_decoder else partial(_tokenize_rating, **decoder_options(config))
+    what = "have an answer without a token to judge"
+    return map_rows(dataset, row, config, what, tokenizer=tokenizer, max_length=config.max_length)
 
 
 def _tokenize_rating(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -179,15 +180,9 @@ def tokenize_pairs(
         DataError: the columns or a row are wrong (named by its number), or no row is left.
     """
     dataset = convert(load_rows(rows), ["preference"], num_proc=config.dataset_num_proc)
-    return map_rows(
-        dataset,
-        _tokenize_sources if is_encoder_decoder else _tokenize_pair,
-        config,
-        what="have an answer without a token to compare",
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        **({} if is_encoder_decoder else {"mode": config.truncation_mode, "append_eos": config.append_eos}),
-    )
+    row = _tokenize_sources if is_encoder_decoder else partial(_tokenize_pair, **decoder_options(config))
+    what = "have an answer without a token to compare"
+    return map_rows(dataset, row, config, what, tokenizer=tokenizer, max_length=config.max_length)
 
 
 def _tokenize_pair(
@@ -207,6 +202,11 @@ def _tokenize_pair(
         "cut": any(len(kept) < len(before) for before, kept in sides.values()),
         "learned": all(set(labels) - {IGNORED} for _, labels in answers.values()),
     }
+
+
+def decoder_options(config: PreferenceConfig) -> dict[str, Any]:
+    """Settings by which answers are tokenised behind their prompts, and not by themselves."""
+    return {"mode": config.truncation_mode, "append_eos": config.append_eos}
 
 
 def answer_of(episode: Episode) -> tuple[list[int], list[int]]:

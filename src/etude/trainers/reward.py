@@ -72,8 +72,10 @@ class ScoreTrainer(DataTrainer):
         config = trunk_of(trained).config.get_text_config()
         pad, eos = config.pad_token_id, self.tokenizer.eos_token_id
         config.pad_token_id = None if pad == eos else pad
-        super().save_model(output_dir, _internal_call)
-        config.pad_token_id = pad
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            config.pad_token_id = pad
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         gaps = [abs(value) for name, value in means.items() if name.startswith(_GAP)]
