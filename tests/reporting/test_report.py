@@ -340,6 +340,16 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert page.data == {"charts": [], "episodes": []}
 
 
+def test_a_run_that_plays_nothing_has_no_place_for_episodes(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.append_metrics(1, {"loss": 2.0})
+    run.append_metrics(2, {"loss": 1.0})
+    page = Page(write_report(run.path))
+    assert "Loss" in page.text
+    assert "pisodes" not in page.text
+    assert page.data["episodes"] == []
+
+
 def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
     run = calculator_run(tmp_path)
     for name in ("metrics.jsonl", "episodes.jsonl"):
