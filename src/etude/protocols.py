@@ -45,11 +45,21 @@ class Sampler(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Tokens that one session can hold."""
+        """Tokens that one session can hold; an encoder's source may have as many beside them."""
         ...
 
-    def session(self, *, seed: int) -> Session:
-        """Open a session whose tokens are drawn from the counter-based stream of `seed`."""
+    @property
+    def decoder_start(self) -> tuple[int, ...]:
+        """What an encoder–decoder's decoder begins with, at least a token; empty for a decoder alone."""
+        ...
+
+    def session(self, *, seed: int, source_ids: Sequence[int] = ()) -> Session:
+        """Open a session whose tokens are drawn from the counter-based stream of `seed`.
+
+        Args:
+            source_ids: what an encoder–decoder's encoder reads. The session's own tokens are its decoder's:
+                the first that it is given are `decoder_start`.
+        """
         ...
 
 

@@ -91,6 +91,7 @@ class Segment:
             processors); equal to `logprobs` where nothing was cut off.
         policy_version: version of this run's weights that sampled it; None if they didn't.
         target: the data says to imitate it (supervised losses).
+        encoder: an encoder reads it: what the model goes on from begins after it.
     """
 
     source: Source
@@ -100,6 +101,7 @@ class Segment:
     sampling_logprobs: list[float] | None = None
     policy_version: int | None = None
     target: bool = False
+    encoder: bool = False
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -182,7 +184,8 @@ class Episode:
 
     Attributes:
         task: the task's row: its prompt and whatever columns the dataset has.
-        segments: runs of tokens in order; the first is the prompt.
+        segments: runs of tokens in order; the first is the prompt. An encoder–decoder's prompt is read by its
+            encoder, and what its decoder begins with is a segment of its own after it.
         rewards: each named, terminal or at a token.
         stop: why it ended; None while it is being played.
         tool_calls: in order.
@@ -203,6 +206,8 @@ class Episode:
     def append(self, segment: Segment) -> None:
         if self.stop is not None:
             raise ValueError(f"the episode ended ({self.stop}); nothing can be appended to it")
+        if segment.encoder and not all(before.encoder for before in self.segments):
+            raise ValueError("what an encoder reads comes first; the episode has gone on from it already")
         self.segments.append(segment)
 
     def __len__(self) -> int:
@@ -215,13 +220,23 @@ class Episode:
 
     @property
     def unseen(self) -> list[int]:
-        """Tokens after the model's last turn: what its next turn has yet to read."""
+        """Tokens after the model's last turn: what its next turn has yet to read. An encoder's are apart."""
         tokens: list[int] = []
         for segment in reversed(self.segments):
-            if segment.source == "model":
+            if segment.source == "model" or segment.encoder:
                 break
             tokens[:0] = segment.token_ids
         return tokens
+
+    @property
+    def source_ids(self) -> list[int]:
+        """What an encoder read; empty for a decoder's episode, whose prompt is the beginning of all else."""
+        return [token for s in self.segments if s.encoder for token in s.token_ids]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model goes on from: all but the encoder's."""
+        return sum(len(s.token_ids) for s in self.segments if not s.encoder)
 
     @property
     def sampled(self) -> list[bool]:

@@ -280,9 +280,9 @@ def test_what_our_side_breaks_is_kept_beside_what_succeeded(make_env, model, tok
 
         opened = 0
 
-        def session(self, *, seed):
+        def session(self, *, seed, source_ids=()):
             self.opened += 1
-            session = super().session(seed=seed)
+            session = super().session(seed=seed, source_ids=source_ids)
             if self.opened == 2:
                 session.close()
             return session

@@ -45,9 +45,13 @@ def to_source_targets(
     )
 
 
+def encode_source(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What an encoder reads of a text, with what the tokenizer adds at both ends."""
+    return list(tokenizer(text, padding=False, truncation=False, verbose=False)["input_ids"])
+
+
 def _source(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    encoding = tokenizer(_text(row["prompt"], "prompt"), padding=False, truncation=False, verbose=False)
-    return list(encoding["input_ids"])
+    return encode_source(tokenizer, _text(row["prompt"], "prompt"))
 
 
 def _target(value: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.encoding import decode, encode_control, encode_plain, encode_prompt
+from etude.data.source_target import encode_source
 from etude.environments.history import TextHistory
 from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
@@ -30,7 +31,7 @@ from etude.rewards.function import SegmentReward, as_reward
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
 from etude.sampling.local import LocalSampler
-from etude.sampling.params import sampling_params
+from etude.sampling.params import decoder_start, sampling_params
 from etude.tools.contract import ToolLimits, call_tool
 from etude.tools.function import tools_by_name
 from etude.types import Episode, Sampled, Segment, StopReason
@@ -64,10 +65,12 @@ class TextEnvironment(Lockstep):
         max_turns: model turns per episode at most.
         max_tool_response: characters of a tool's answer that the model is shown, at most (also accepted as
             `max_tool_reponse`); None for no limit.
-        max_length: tokens of an episode at most; the model's own limit by default.
+        max_length: tokens of an episode at most, an encoder's prompt not counted; the model's own limit by
+            default.
         generation_kwargs: `max_new_tokens` (per turn), `temperature`, `top_k`, …; sampling, unless
             `do_sample=False`. Every turn begins with `forced_prefix`, whose tokens are not sampled: their
-            mask is 0. The mapping is not changed.
+            mask is 0. For an encoder–decoder, `decoder_start_token_id` and `forced_bos_token_id` choose what
+            its decoder begins with. The mapping is not changed.
         rewards: general rewards, `f(prompts, completions, **columns)` or `Reward`s, alone or in a list; of an
             episode, of its turns or of its tokens, as their `level` says.
         max_tool_response_tokens: the same limit in tokens.
@@ -204,9 +207,7 @@ class TextEnvironment(Lockstep):
         """Play one episode. What the model gets wrong is data; so is a failure on our side."""
         episode = Episode(task=task, seed=seed)
         started = time.monotonic()
-        prompt = self.build_prompt(task)
-        episode.append(Segment("prompt", prompt, encode_prompt(self.tokenizer, prompt)))
-        session = sampler.session(seed=seed)
+        session = self._begin(episode, sampler)
         limit = min(self.max_length or sampler.max_length, sampler.max_length)
         try:
             async with asyncio.timeout(self.max_seconds):
@@ -221,9 +222,21 @@ class TextEnvironment(Lockstep):
             episode.timings["total"] = time.monotonic() - started
         return episode
 
+    def _begin(self, episode: Episode, sampler: Sampler) -> Session:
+        """Append the prompt; an encoder reads it, or it is the beginning of what the model goes on from."""
+        prompt = self.build_prompt(episode.task)
+        start = decoder_start(self.generation_kwargs, sampler.decoder_start)
+        if not start:
+            episode.append(Segment("prompt", prompt, encode_prompt(self.tokenizer, prompt)))
+            return sampler.session(seed=episode.seed)
+        source_ids = encode_source(self.tokenizer, prompt)
+        episode.append(Segment("prompt", prompt, source_ids, encoder=True))
+        episode.append(Segment("environment", "", list(start)))
+        return sampler.session(seed=episode.seed, source_ids=source_ids)
+
     async def _turn(self, episode: Episode, session: Session, limit: int) -> None:
         """One model turn and, if it calls one, its tool's answer."""
-        room = limit - len(episode)
+        room = limit - episode.context_length
         if room <= len(self.params.forced_prefix):  # nothing could be sampled
             episode.stop = StopReason.MAX_TOKENS
             return
@@ -248,7 +261,7 @@ class TextEnvironment(Lockstep):
         if sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids:
             return StopReason.END_OF_SEQUENCE
         if sampled.finish == "length":
-            return StopReason.MAX_TOKENS if len(episode) >= limit else StopReason.TURN_TOKENS
+            return StopReason.MAX_TOKENS if episode.context_length >= limit else StopReason.TURN_TOKENS
         if self.is_done(episode):
             return StopReason.DONE
         if not parsed.calls:
@@ -277,7 +290,7 @@ class TextEnvironment(Lockstep):
             Segment("tool", response, response_ids),
             Segment("environment", after, encode_control(self.tokenizer, after)),
         ]
-        if len(episode) + sum(len(segment.token_ids) for segment in answer) >= limit:
+        if episode.context_length + sum(len(segment.token_ids) for segment in answer) >= limit:
             episode.stop = StopReason.MAX_TOKENS
             return
         for segment in answer:

@@ -154,7 +154,13 @@ class LocalSampler:
             line += f", and {format_size(self._linears.nbytes)} of prepacked weights"
         return line
 
-    def session(self, *, seed: int) -> LocalSession:
+    @property
+    def decoder_start(self) -> tuple[int, ...]:
+        return ()
+
+    def session(self, *, seed: int, source_ids: Sequence[int] = ()) -> LocalSession:
+        if source_ids:
+            raise SamplerError("source_ids are for an encoder, which this model hasn't got")
         return LocalSession(self, seed)
 
     def release(self, session: LocalSession) -> None:

@@ -33,6 +33,7 @@ _TAKEN = {
     "stop_strings",
     "logits_processor",
 }
+_OF_START = {"decoder_start_token_id", "forced_bos_token_id"}  # see `decoder_start`
 # Meaningless here, but harmless at these values: scripts written for `generate` pass them.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_length": (-1, 0, None),
@@ -67,7 +68,7 @@ def sampling_params(
         if name in _NEUTRAL:
             if given[name] not in _NEUTRAL[name]:
                 raise ConfigError(f"generation keyword {name}={given[name]!r} isn't supported; leave it out")
-        elif name not in _TAKEN | _IGNORED:
+        elif name not in _TAKEN | _IGNORED | _OF_START:
             near = difflib.get_close_matches(name, _TAKEN, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(_TAKEN))}"
             raise ConfigError(f"unknown generation keyword {name!r}; {hint}")
@@ -90,6 +91,30 @@ def sampling_params(
         allowed_token_ids=None if allowed is None else tuple(int(i) for i in allowed),
         forced_prefix=_forced_ids(given.get("forced_prefix"), tokenizer),
     )
+
+
+def decoder_start(generation_kwargs: Mapping[str, Any] | None, default: Sequence[int]) -> tuple[int, ...]:
+    """What an encoder–decoder's decoder begins with, where the keywords choose it: mBART's target language.
+
+    Args:
+        default: the model's own, its first token and what is forced after it; empty for a decoder.
+
+    Raises:
+        ConfigError: the keywords choose it for a decoder, which begins with its prompt.
+    """
+    given = generation_kwargs or {}
+    chosen = {name: int(given[name]) for name in _OF_START if given.get(name) is not None}
+    if not default:
+        if chosen:
+            raise ConfigError(
+                f"{' and '.join(sorted(chosen))}: the model is a decoder, which begins with its prompt; leave "
+                "it out, or put such a token at the prompt's end"
+            )
+        return ()
+    first, *forced = default
+    if "forced_bos_token_id" in chosen:
+        forced = [chosen["forced_bos_token_id"]]
+    return (chosen.get("decoder_start_token_id", first), *forced)
 
 
 def _processors(given: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -> tuple[Callable[..., Any], ...]:
