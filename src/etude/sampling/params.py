@@ -107,8 +107,8 @@ def decoder_start(generation_kwargs: Mapping[str, Any] | None, default: Sequence
     if not default:
         if chosen:
             raise ConfigError(
-                f"{' and '.join(sorted(chosen))}: the model is a decoder, which begins with its prompt; leave "
-                "it out, or put such a token at the prompt's end"
+                f"{' and '.join(sorted(chosen))}: the model is a decoder and begins with its prompt: leave "
+                "that out, or end the prompt with such a token"
             )
         return ()
     first, *forced = default
