@@ -104,10 +104,10 @@ class ChatFraming:
 
     def _go_on(self, replies: Sequence[Reply]) -> _Frame:
         template, count = self.template, len(self._messages)
-        word = _unused(f"zq{count}zq", [*self._messages, *(reply.text for reply in replies)])
+        word = _unused(f"turn{count}words", [*self._messages, *(reply.text for reply in replies)])
         calls, came = self._messages_of(replies, word)
         turn = {"role": "assistant", "content": self._begun + word * (not calls), **calls}
-        thought = f"{word}thought"
+        thought = word.replace("words", "thoughts")
         if template.shows_thoughts:
             turn["reasoning_content"] = thought
         rendering = template.render([*self._messages, turn, *came])
