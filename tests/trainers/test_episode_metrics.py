@@ -29,3 +29,11 @@ def test_a_reward_counts_with_its_sum_over_the_episodes_to_which_it_applies():
 def test_a_single_reward_is_not_repeated():
     metrics = episode_metrics([scored(NamedReward("steps", 1.0, position=1))], 1.0)
     assert not [name for name in metrics if name.startswith("rewards/")]
+
+
+def test_replies_of_users():
+    assert "user_replies" not in episode_metrics([scored()], 1.0)
+    heard = [scored(), scored(), scored(stop=StopReason.INFRASTRUCTURE)]
+    heard[0].replies = ["a", "b", "c"]
+    heard[2].replies = ["lost"]
+    assert episode_metrics(heard, 1.0)["user_replies"] == 3 / 2
