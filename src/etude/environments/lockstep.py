@@ -53,10 +53,12 @@ class Lockstep(ABC):
         """Sample one turn for each history that isn't completed.
 
         Raises:
-            EnvironmentSetupError: there is a user, whom TRL's loop wouldn't ask.
+            EnvironmentSetupError: there is a user, whom TRL's loop wouldn't ask, or a chat template.
         """
-        if self.user is not None:
-            raise EnvironmentSetupError("the lock-step methods ask no user; call run(tasks), or drop user=")
+        if self.user is not None or self.protocol.end_ids:
+            raise EnvironmentSetupError(
+                "the lock-step methods ask no user and know no chat templates; call run(tasks)"
+            )
 
         async def turn(history: TextHistory, seed: int) -> None:
             session = self.sampler.session(seed=seed)
