@@ -29,7 +29,8 @@ from etude.errors import ConfigError
 from etude.math.kl import AdaptiveKLController, FixedKLController, KLController
 from etude.math.losses import aggregate, clipped_policy_loss, clipped_value_loss
 from etude.math.running import RunningMoments
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.with_value_head import ModelWithValueHead
+from etude.models.wrappers import trunk_of
 from etude.runtime.run import RunDirectory
 from etude.trainers.clock import Clock
 from etude.trainers.columns import used_columns
@@ -54,7 +55,7 @@ class PPOTrainer(PolicyTrainer):
 
     Args:
         config: the settings.
-        model: with a value head; a plain causal model is given one. Beside a `value_model` it has none: one
+        model: with a value head; a plain language model is given one. Beside a `value_model` it has none: one
             that it came with is left out.
         ref_model: what the KL is measured to. By default a frozen copy of `model`; for a model with
             adapters, the same model with them switched off.
@@ -80,7 +81,7 @@ class PPOTrainer(PolicyTrainer):
     def __init__(
         self,
         config: PPOConfig,
-        model: AutoModelForCausalLMWithValueHead | PreTrainedModel | PeftModel | str,
+        model: ModelWithValueHead | PreTrainedModel | PeftModel | str,
         ref_model: nn.Module | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: Any = None,
@@ -124,7 +125,7 @@ class PPOTrainer(PolicyTrainer):
         )
         if critic is not None:
             check_vocabulary(critic, self.tokenizer)
-        self.is_encoder_decoder = False
+        self.is_encoder_decoder = bool(trunk_of(policy).config.is_encoder_decoder)
         self._fill_in_config()
         self.kl_ctl: KLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
