@@ -163,7 +163,7 @@ def _begun(response: Sequence[int], starts: Sequence[Sequence[int]]) -> int:
             f"a response begins with {f'token {response[0]}' if response else 'nothing'}; expected the "
             f"decoder's start token, {expected}: an encoder-decoder's response begins with it, as `generate` "
             "returns it. Leave it there; where generation began with another one, set "
-            "model.generation_config.decoder_start_token_id to that"
+            "model.config.decoder_start_token_id to that"
         )
     return max(common)
 

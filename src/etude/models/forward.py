@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.models.compiled import compile_layers
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.head import ChunkedHead, token_scores
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
@@ -63,7 +64,7 @@ class PolicyForward(nn.Module):
         self.value_model = value_model
         self.values_pack = value_model is not None and supports_packing(decoder_of(value_model.model))
         trunk = trunk_of(model)
-        self.is_encoder_decoder = bool(trunk.config.is_encoder_decoder)
+        self.is_encoder_decoder = is_encoder_decoder(trunk)
         self.packs = not self.is_encoder_decoder and supports_packing(trunk)
         self.head = ChunkedHead.of(trunk, chunk_bytes)
         self._keeps_logits = "logits_to_keep" in inspect.signature(trunk.forward).parameters

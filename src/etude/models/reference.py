@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from etude.errors import ModelError
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.wrappers import trunk_of, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -94,7 +95,7 @@ def _first_parameters(model: nn.Module, num_layers: int, pattern: str | None) ->
         module for module in model.modules() if isinstance(module, nn.Embedding) and module not in later
     ]
     trunk = trunk_of(model)
-    encoder = [trunk.get_encoder()] if trunk.config.is_encoder_decoder else []
+    encoder = [trunk.get_encoder()] if is_encoder_decoder(trunk) else []
     shared = [*embeddings, *encoder, *layers[:num_layers]]
     return [parameter for module in shared for parameter in module.parameters()]
 

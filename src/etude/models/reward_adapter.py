@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from etude.errors import ModelError
 from etude.models.adapters import current_peft, find_adapter
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.places import explained, locate
 from etude.models.wrappers import decoder_of, trunk_of, unwrapped
 
@@ -80,7 +81,7 @@ class RewardAdapter:
                 f"the model has an adapter {name!r} already (it has {', '.join(peft.peft_config)}); choose "
                 "another reward_adapter_name"
             )
-        if trunk_of(peft).config.is_encoder_decoder:
+        if is_encoder_decoder(trunk_of(peft)):
             raise ModelError(
                 "a reward adapter scores what a decoder reads, and this is an encoder-decoder model; score "
                 "with a reward model of its own (ModelReward)"

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from etude.errors import DataError
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.plans import padded_inputs
 
 # Token ids of all sources end to end [S], their lengths, and for each row of the decoder's the number of its
@@ -35,12 +36,12 @@ def encoded(model: PreTrainedModel, sources: Sources) -> dict[str, Any]:
 def check_sources(model: PreTrainedModel, sources: Sources | None) -> None:
     """Raise `DataError` where an encoder has nothing to read, or there is a source and no encoder."""
     name = type(model).__name__
-    if model.config.is_encoder_decoder and sources is None:
+    if is_encoder_decoder(model) and sources is None:
         raise DataError(
             f"{name} is an encoder-decoder model, and these trajectories have no source_ids; expected what "
             "its encoder read there, and in token_ids what its decoder read and wrote"
         )
-    if sources is not None and not model.config.is_encoder_decoder:
+    if sources is not None and not is_encoder_decoder(model):
         raise DataError(
             f"these trajectories have source_ids, and {name} is a decoder, without an encoder to read them; "
             "expected the prompt at the beginning of token_ids"

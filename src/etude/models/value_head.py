@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from etude.errors import ModelError
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.loading import holds_encoder_decoder
 from etude.models.with_value_head import ModelWithValueHead
 from etude.models.wrappers import trunk_of
@@ -100,7 +101,7 @@ def load_with_value_head(
 ) -> ModelWithValueHead:
     """`from_pretrained` of the class that is for this model, by its configuration."""
     if isinstance(source, PreTrainedModel | PeftModel):
-        seq2seq = bool(trunk_of(source).config.is_encoder_decoder)
+        seq2seq = is_encoder_decoder(trunk_of(source))
     else:
         seq2seq = holds_encoder_decoder(source, **options)
     cls = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from etude.errors import ModelError
 from etude.models.adapters import add_adapter
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.head_files import load_head, save_head
 from etude.models.loading import holds_encoder_decoder, load_language_model
 from etude.models.places import HUB_OPTIONS, explained, locate
@@ -348,7 +349,7 @@ class ModelWithValueHead(nn.Module, ABC):
             )
         trunk = trunk_of(model)
         name = type(trunk).__name__
-        if bool(trunk.config.is_encoder_decoder) != cls.is_encoder_decoder:
+        if is_encoder_decoder(trunk) != cls.is_encoder_decoder:
             raise ModelError(f"{name} {cls.other_kind}")
         if trunk.get_output_embeddings() is None:
             kind = "ForConditionalGeneration" if cls.is_encoder_decoder else "ForCausalLM"
