@@ -138,7 +138,11 @@ def _on_trunk_of(model: PreTrainedModel, kind: Kind, weight: Tensor | None) -> P
             "name or path instead of the model, or load it with "
             f"{AUTO_CLASSES[kind].__name__}.from_pretrained(…, num_labels={LABELS[kind]})"
         )
-    setattr(scorer, scorer.base_model_prefix, trunk)
+    if trunk is model:  # T5: the parts lie in the language model itself, with no model around them
+        for name, _ in list(scorer.base_model.named_children()):
+            setattr(scorer.base_model, name, getattr(model, name))
+    else:
+        setattr(scorer, scorer.base_model_prefix, trunk)
     for module in head_modules(scorer).values():
         if any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device=trunk.device).to(trunk.dtype)

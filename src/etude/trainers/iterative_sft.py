@@ -128,7 +128,7 @@ class IterativeSFTTrainer(GroupTrainer):
         return rows
 
     def _answer(self, source: Tensor, labels: Tensor) -> Trajectory:
-        """An encoder–decoder's row: its decoder begins with the start token and is to go on with the labels."""
+        """An encoder–decoder's row: its decoder is to go on from the start token with the labels."""
         start = torch.tensor(self.starts[0][:1])
         imitated = (labels != -100).nonzero()[:, 0]
         said = labels.masked_fill(labels == -100, self.tokenizer.pad_token_id or 0)  # as models shift labels
