@@ -20,8 +20,7 @@ _COMMON = {
     "decoder_start_token_id": START,
 }
 _T5 = {
-    **_COMMON, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 2,
-    "dropout_rate": 0.1,
+    **_COMMON, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.1,
 }  # fmt: skip
 _BART = {
     **_COMMON, "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 24,
@@ -30,7 +29,7 @@ _BART = {
 }  # fmt: skip
 # Each ties its output layer to its embeddings, but for "t5 gated".
 FAMILIES = {
-    "t5": ("T5ForConditionalGeneration", {**_T5, "initializer_factor": 2.0}),
+    "t5": ("T5ForConditionalGeneration", _T5),
     "t5 gated": (
         "T5ForConditionalGeneration",
         {
@@ -38,6 +37,7 @@ FAMILIES = {
             "feed_forward_proj": "gated-gelu",
             "tie_word_embeddings": False,
             "scale_decoder_outputs": False,
+            "initializer_factor": 0.6,
         },
     ),
     "bart": ("BartForConditionalGeneration", _BART),

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from etude.models.attention import steady_kernels
 from etude.models.compiled import compile_layers
 from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.head import ChunkedHead, token_scores
@@ -69,6 +70,7 @@ class PolicyForward(nn.Module):
         self.head = ChunkedHead.of(trunk, chunk_bytes)
         self._keeps_logits = "logits_to_keep" in inspect.signature(trunk.forward).parameters
         self._has_values = hasattr(model, "v_head")
+        self._settings = steady_kernels(trunk) if self.is_encoder_decoder else {}
 
     def compile_parts(self) -> None:
         """Fuse what can be fused: within decoder layers, and from the output layer to log-probabilities."""
@@ -159,8 +161,9 @@ class PolicyForward(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Of an encoder–decoder. Its decoder needs no mask: padding comes after all that is asked for."""
         inputs, own = padded_inputs(input_ids, lengths)
-        read = encoded(trunk_of(self.model), sources)
-        outputs, values = self._call(head, **read, decoder_input_ids=inputs["input_ids"], use_cache=False)
+        read = encoded(trunk_of(self.model), sources, **self._settings)
+        written = {"decoder_input_ids": inputs["input_ids"], "use_cache": False}
+        outputs, values = self._call(head, **read, **written, **self._settings)
         return outputs[own][wanted], None if values is None else values[own][wanted]
 
     def _values_apart(

@@ -21,13 +21,17 @@ from etude.models.plans import padded_inputs
 Sources = tuple[Tensor, Sequence[int], Tensor]
 
 
-def encoded(model: PreTrainedModel, sources: Sources) -> dict[str, Any]:
-    """Keywords of the model's forward in place of `input_ids`, for rows that have these sources."""
+def encoded(model: PreTrainedModel, sources: Sources, **settings: Any) -> dict[str, Any]:
+    """Keywords of the model's forward in place of `input_ids`, for rows that have these sources.
+
+    Args:
+        settings: for the encoder's forward.
+    """
     ids, lengths, rows_B = sources
     inputs, _ = padded_inputs(ids, lengths)
     mask = inputs["attention_mask"]
     encoder: Any = model.get_encoder()
-    outputs = encoder(input_ids=inputs["input_ids"], attention_mask=mask, return_dict=True)
+    outputs = encoder(**inputs, return_dict=True, **settings)
     if len(lengths) < len(rows_B):  # else each row has its own, in the rows' order
         outputs["last_hidden_state"], mask = outputs.last_hidden_state[rows_B], mask[rows_B]
     return {"encoder_outputs": outputs, "attention_mask": mask}
