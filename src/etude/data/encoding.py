@@ -136,6 +136,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, add_bos: boo
     return added + ids
 
 
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """What a text's first `count` tokens spell, without one that ends in the middle of a character.
+
+    Where decoding changes a text (lower case, white space), the tokenizer says where in it its tokens lie;
+    one written in Python doesn't, and the decoded text stands for it.
+    """
+    ids = _encode(tokenizer, text)
+    if len(ids) <= count:
+        return text
+    for kept in range(count, max(count - 4, 0), -1):  # a character has four bytes at most
+        spelled = decode(tokenizer, ids[:kept])
+        if text.startswith(spelled):
+            return spelled
+    if not tokenizer.is_fast:
+        return decode(tokenizer, ids[:count])
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return text[: places["offset_mapping"][count - 1][1]]
+
+
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer's own call puts before a text: usually the BOS or nothing."""
     return list(_frame(tokenizer)[0])
