@@ -194,6 +194,16 @@ class TaskArguments(DataArguments):
     )
 
 
+# Environments that ship, by their short names.
+ENVIRONMENTS = {
+    "text": "etude.environments.text:TextEnvironment",
+    "generation": "etude.environments.generation:GenerationEnvironment",
+    "translation": "etude.environments.translation:TranslationEnvironment",
+    "summarization": "etude.environments.summarization:SummarizationEnvironment",
+}
+_UNSCORED = ("text", "generation")  # they have no rewards of their own
+
+
 @dataclass
 class EnvironmentArguments:
     """The environment: its tools, rewards and limits, as `TextEnvironment` names them.
@@ -201,6 +211,17 @@ class EnvironmentArguments:
     Code is named by reference, see `references`.
     """
 
+    environment: str = field(
+        default="text",
+        metadata={
+            "help": f"what the model plays in: {', '.join(ENVIRONMENTS)}, or the code reference of your own "
+            "class"
+        },
+    )
+    environment_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "what it takes besides the options here, such as {source: en, target: de}"},
+    )
     tools: list[str] = field(
         default_factory=list,
         metadata={"help": "code references of the tools, such as examples/tools.py:search or calculator"},
@@ -245,7 +266,8 @@ class EnvironmentArguments:
     )
 
     def __post_init__(self) -> None:
-        if not any((self.reward, self.reward_fn, self.reward_adapter, self.reward_model)):
+        scored = any((self.reward, self.reward_fn, self.reward_adapter, self.reward_model))
+        if not scored and self.environment in _UNSCORED:
             raise ConfigError(
                 "an episode needs a score; name code that gives one with reward or reward_fn, or a "
                 "reward_model or reward_adapter"

@@ -21,6 +21,8 @@ METRICS = {
     "copy_penalty": "etude.rewards.summary",
 }
 
+__all__ = sorted(METRICS)
+
 
 def __getattr__(name: str) -> Any:
     if name not in METRICS:

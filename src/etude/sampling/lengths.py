@@ -36,7 +36,7 @@ Lengths: TypeAlias = int | Sequence[int] | LengthSampler
 
 @dataclass(frozen=True, slots=True)
 class LengthRange:
-    """Lengths from `low` up to, but not including, `high`, drawn from counters: there is nothing to resume."""
+    """Lengths from `low` up to, but not including, `high`, drawn from counters and no state."""
 
     low: int
     high: int
