@@ -143,16 +143,15 @@ def beginning(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
     one written in Python doesn't, and the decoded text stands for it.
     """
     ids = _encode(tokenizer, text)
-    if len(ids) <= count:
-        return text
-    for kept in range(count, max(count - 4, 0), -1):  # a character has four bytes at most
-        spelled = decode(tokenizer, ids[:kept])
-        if text.startswith(spelled):
-            return spelled
-    if not tokenizer.is_fast:
-        return decode(tokenizer, ids[:count])
-    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return text[: places["offset_mapping"][count - 1][1]]
+    spelled = text if len(ids) <= count else decode(tokenizer, ids[:count])
+    if text.startswith(spelled) or not tokenizer.is_fast:
+        return spelled
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    places = encoding["offset_mapping"]
+    while count > 1 and places[count][0] < places[count - 1][1]:  # both are bytes of one character
+        count -= 1
+    spelled = decode(tokenizer, ids[:count])
+    return spelled if text.startswith(spelled) else text[: places[count - 1][1]]
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

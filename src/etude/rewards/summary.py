@@ -156,7 +156,7 @@ def _rouge(
 
 
 def _bounds(wanted: int | Sequence[int]) -> tuple[int, int]:
-    pair = [wanted, wanted] if isinstance(wanted, int) else list(wanted)
+    pair = list(wanted) if isinstance(wanted, Sequence) else [wanted, wanted]
     if [type(each) for each in pair] != [int, int] or not 1 <= pair[0] <= pair[1]:
         raise ConfigError(
             f"the length is {wanted!r}; expected a number of at least 1, or a shortest and a longest"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -51,10 +51,13 @@ class LengthRange:
         Raises:
             ConfigError: it is none of them, empty, or has a length below 1.
         """
+        pair: Any = lengths
         if isinstance(lengths, LengthSampler):
-            lengths = (lengths.min_value, lengths.max_value)
-        pair = (lengths, lengths + 1) if isinstance(lengths, int) else tuple(lengths)
-        if [type(each) for each in pair] != [int, int] or not 1 <= pair[0] < pair[1]:
+            pair = lengths.min_value, lengths.max_value
+        elif type(lengths) is int:
+            pair = lengths, lengths + 1
+        numbers = isinstance(pair, Sequence) and [type(each) for each in pair] == [int, int]
+        if not numbers or not 1 <= pair[0] < pair[1]:
             raise ConfigError(
                 f"{name} is {lengths!r}; expected a length of at least 1, or two: from the first up to, but "
                 "not including, the second"
