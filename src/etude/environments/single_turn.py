@@ -7,6 +7,7 @@ Each of the family adds its prompt, its rewards and its metrics: `generation`, `
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from etude.data.encoding import beginning
 from etude.data.templates import prompt_segment
 from etude.environments.tags import ParsedTurn
 from etude.environments.text import TextEnvironment
+from etude.errors import EnvironmentSetupError
 from etude.math.counters import word_of
 from etude.protocols import Reward, Sampler
 from etude.sampling.lengths import LengthRange, Lengths
@@ -90,7 +92,16 @@ class SingleTurnEnvironment(TextEnvironment):
         self.prompt_lengths = (
             None if prompt_tokens is None else LengthRange.of(prompt_tokens, "prompt_tokens")
         )
+        if chat and not self.tokenizer.chat_template:
+            raise EnvironmentSetupError(
+                "chat writes a prompt by the tokenizer's chat template, and this one has none; leave it "
+                "out, or set tokenizer.chat_template"
+            )
         self.chat = chat
+
+    @abstractmethod
+    def build_prompt(self, task: Mapping[str, Any]) -> str:
+        """The text an episode starts with: `self.written(…)`, with `self.cut(…)` of the task's own in it."""
 
     def is_done(self, episode: Episode) -> bool:
         return True
