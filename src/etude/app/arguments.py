@@ -250,7 +250,10 @@ class EnvironmentArguments:
     )
     prompt: str | None = field(default=None, metadata={"help": "text put before each task"})
     prompt_file: str | None = field(default=None, metadata={"help": "the same, read from a file"})
-    max_turns: int = field(default=4, metadata={"help": "turns of the model per episode at most"})
+    max_turns: int | None = field(
+        default=None,
+        metadata={"help": "turns of the model per episode at most; by default the environment's own, 4"},
+    )
     max_tool_response: int | None = field(
         default=100, metadata={"help": "characters of a tool's answer that the model is shown; none: all"}
     )
@@ -259,7 +262,9 @@ class EnvironmentArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "tokens of an episode at most; the model's own limit by default"}
     )
-    tool_timeout: float = field(default=10.0, metadata={"help": "seconds that a tool may take"})
+    tool_timeout: float | None = field(
+        default=None, metadata={"help": "seconds that a tool may take; by default the environment's own, 10"}
+    )
     generation: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "how to sample a turn: max_new_tokens, temperature, top_k, top_p, …"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class EnvironmentCode:
         return made
 
     def options(self, rewards: Sequence[Any] | None = None) -> dict[str, Any]:
-        """What the settings say, by the names of the environment's parameters.
+        """What the settings say, by the names of the environment's parameters. What isn't set is left to it.
 
         Args:
             rewards: all of them; those that are code by default.
@@ -97,19 +97,16 @@ class EnvironmentCode:
             "reward_fn": self.reward_fn,
             "prompt": settings.prompt_text(),
         }
-        unset = {name for name, value in values.items() if value in ([], {}, None, _DEFAULTS[_OPTIONS[name]])}
+        given = {name: value for name, value in values.items() if value != _DEFAULTS[_OPTIONS[name]]}
         extra = settings.environment_kwargs
-        if twice := [name for name in extra if name in values and name not in unset]:
+        if twice := [name for name in extra if name in given]:
             raise ConfigError(f"environment_kwargs has {twice[0]}, which is an option, too; give one of them")
-        for name in [name for name in values if takes is not None and name not in takes]:
-            if name not in unset:
-                raise ConfigError(f"the environment {settings.environment} takes no {_OPTIONS[name]}")
-            del values[name]
-        if takes is not None and (unknown := [name for name in extra if name not in takes]):
+        if takes is not None and (unknown := [name for name in (*given, *extra) if name not in takes]):
             near = difflib.get_close_matches(unknown[0], takes, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(takes))}"
-            raise ConfigError(f"the environment {settings.environment} takes no {unknown[0]}; {hint}")
-        return {**values, **extra}
+            name = _OPTIONS.get(unknown[0], unknown[0])
+            raise ConfigError(f"the environment {settings.environment} takes no {name}; {hint}")
+        return {**given, **extra}
 
 
 # An environment's parameters, and the options that give them.
@@ -126,7 +123,10 @@ _OPTIONS = {
     "tool_timeout": "tool_timeout",
     "generation_kwargs": "generation",
 }
-_DEFAULTS = {setting.name: setting.default for setting in fields(EnvironmentArguments)}
+_DEFAULTS = {
+    setting.name: setting.default if setting.default_factory is MISSING else setting.default_factory()
+    for setting in fields(EnvironmentArguments)
+}
 
 
 def parameters_of(kind: Callable[..., Any]) -> set[str] | None:
