@@ -96,5 +96,8 @@ def test_rewards(names, make_llama):
 def test_rewards_on_the_command_line(names):
     [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/rewards.md").read_text("utf-8"), re.DOTALL)
     Path("rewards.py").write_text("def exact(completions): ...\n", encoding="utf-8")
-    found = [as_reward(load_object(reference, "etude.rewards")).name for reference in yaml.safe_load(text)["reward"]]
+    found = [
+        as_reward(load_object(reference, "etude.rewards")).name
+        for reference in yaml.safe_load(text)["reward"]
+    ]
     assert found == ["exact", "tool_errors", "overlong", "chrf", "length_penalty"]

@@ -48,7 +48,8 @@ class SingleTurnEnvironment(TextEnvironment):
         prompt_tokens: of a task's own text, only the first so many tokens: a number, or a range as for
             `length_sampler`. A range is drawn from by the environment's seed and the text: a task has one
             prompt, in every epoch and for all episodes of a group.
-        chat: write the prompt as a user's message, by the tokenizer's chat template.
+        chat: write the prompt as a user's message, by the tokenizer's chat template. Added tokens in a task's
+            text are read as such, as in every prompt.
         rewards, reward_fn, max_seconds, sampler, length_sampler, slots, cache_bytes, seed: as for
             `TextEnvironment`.
     """

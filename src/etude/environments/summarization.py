@@ -1,6 +1,8 @@
 """Summarisation: a document, an answer, and how near it comes to a reference without being long or copied.
 
-env = SummarizationEnvironment(model, tokenizer, document="article", summary="highlights")
+    env = SummarizationEnvironment(model, tokenizer, document="article", summary="highlights")
+
+Not covered: documents longer than the model reads but by `prompt_tokens`, which keeps their beginning.
 """
 
 from __future__ import annotations

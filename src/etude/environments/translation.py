@@ -1,7 +1,9 @@
 """Translation: a text in one language, an answer in another, and how near it comes to a reference.
 
-env = TranslationEnvironment(model, tokenizer, source="en", target="de",
-                             source_language="English", target_language="German")
+    env = TranslationEnvironment(model, tokenizer, source="en", target="de",
+                                 source_language="English", target_language="German")
+
+Not covered: several target languages in one run of mBART or NLLB, whose decoder begins with one for all tasks.
 """
 
 from __future__ import annotations
