@@ -1,9 +1,12 @@
-"""Numbers about a batch of episodes, for curves."""
+"""Numbers about a batch of episodes, for curves, and about an evaluation's episodes together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from accelerate.utils import gather_object
+
+from etude.environments.text import TextEnvironment
 from etude.types import Episode, StopReason
 
 
@@ -37,3 +40,12 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
         share = sum(episode.stop is reason for episode in episodes) / max(len(episodes), 1)
         metrics[f"stop/{reason.value}"] = share
     return metrics
+
+
+def environment_metrics(environment: TextEnvironment, episodes: Sequence[Episode]) -> dict[str, float]:
+    """What an environment says about the episodes of all processes together: a corpus's score is no mean."""
+    if type(environment).metrics is TextEnvironment.metrics:
+        return {}  # nothing need be sent around
+    everyone: list[Episode] = gather_object(list(episodes))
+    played = [episode for episode in everyone if episode.stop is not StopReason.INFRASTRUCTURE]
+    return environment.metrics(played) if played else {}
