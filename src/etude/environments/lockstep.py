@@ -16,7 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from etude.environments.history import TextHistory
-from etude.environments.tags import ParsedTurn, ToolProtocol
+from etude.environments.tags import ParsedTurn, Reply, ToolProtocol
+from etude.environments.user import User
+from etude.errors import EnvironmentSetupError
 from etude.protocols import Reward, Sampler
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
@@ -32,6 +34,7 @@ class Lockstep(ABC):
     params: SamplingParams
     generation_kwargs: Mapping[str, Any]
     rewards: list[Reward]
+    user: User | None
     max_length: int | None
 
     @property
@@ -45,13 +48,21 @@ class Lockstep(ABC):
     def _turn_tokens(self, seed: int) -> int: ...
 
     @abstractmethod
-    async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None: ...
+    async def _answer(self, episode: Episode, parsed: ParsedTurn) -> list[Reply]: ...
+
+    @abstractmethod
+    def _append(self, episode: Episode, answer: Sequence[Segment], limit: int) -> None: ...
 
     def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
         """Sample one turn for each history that isn't completed.
 
         An encoder–decoder's encoder reads what a history holds before its first turn.
+
+        Raises:
+            EnvironmentSetupError: there is a user, whom TRL's loop wouldn't ask.
         """
+        if self.user is not None:
+            raise EnvironmentSetupError("the lock-step methods ask no user; call run(tasks), or drop user=")
         start = decoder_start(self.generation_kwargs, self.sampler.decoder_start)
 
         async def turn(history: TextHistory, seed: int) -> None:
@@ -81,14 +92,18 @@ class Lockstep(ABC):
             history.complete(truncated)
         if not history.completed:
             parsed = self.protocol.parse(history.last_text_segment)
+            framing = self.protocol.begin(self.tokenizer, history.episode.prompt)
+            replies = run_sync(self._answer(history.episode, parsed))
             limit = min(self.max_length or self.sampler.max_length, self.sampler.max_length)
-            run_sync(self._answer(history.episode, parsed, limit))
+            self._append(history.episode, framing.frame(replies, None), limit)
         return history
 
     def parse_tool_call(self, text: str) -> tuple[str | None, str | None]:
         """(tool, query) of a turn's text; (None, None) where there is no well-formed call."""
-        parsed = self.protocol.parse(text)
-        return parsed.tool, parsed.query
+        for call in self.protocol.parse(text).calls:
+            if call.tool is not None:
+                return call.tool, str(call.arguments)
+        return None, None
 
     def task_end_check(self, history: TextHistory, model_turn: bool = True) -> tuple[bool, bool]:
         """(truncated, ended)"""
