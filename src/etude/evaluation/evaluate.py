@@ -164,6 +164,7 @@ def evaluate(
             pass_at=pass_at or _powers(samples),
             distinct_n=distinct,
             bait=condition.bait,
+            metrics=world.metrics,
         )
     return Evaluation(name, rows, samples, episodes, tallies, confidence, time.monotonic() - started)
 

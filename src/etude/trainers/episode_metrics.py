@@ -1,9 +1,12 @@
-"""Numbers about a batch of episodes, for curves."""
+"""Numbers about a batch of episodes, for curves, and about an evaluation's episodes together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from accelerate.utils import gather_object
+
+from etude.environments.text import TextEnvironment
 from etude.types import Episode, StopReason
 
 
@@ -11,6 +14,7 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
     """Means over the episodes that weren't lost to our own failures.
 
     `success` is the share whose reward reaches `success_reward`; `tool_use` the share that called a tool;
+    `user_replies` how often a user was heard, where one was;
     `stop/<reason>` the share that ended for it, `rewards/<name>` each reward where there are several: the sum
     of its values in an episode, without its weight, over the episodes to which it applies.
     """
@@ -28,6 +32,8 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
         "turns": sum(episode.turns for episode in played) / count,
         "sampled_tokens": sum(sum(episode.sampled) for episode in played) / count,
     }
+    if any(episode.replies for episode in played):
+        metrics["user_replies"] = sum(len(episode.replies) for episode in played) / count
     totals = [total for episode in played for total in episode.reward_totals.values()]
     names = dict.fromkeys(total.name for total in totals)
     for name in names if len(names) > 1 else ():
@@ -37,3 +43,12 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
         share = sum(episode.stop is reason for episode in episodes) / max(len(episodes), 1)
         metrics[f"stop/{reason.value}"] = share
     return metrics
+
+
+def environment_metrics(environment: TextEnvironment, episodes: Sequence[Episode]) -> dict[str, float]:
+    """What an environment says about the episodes of all processes together: a corpus's score is no mean."""
+    if type(environment).metrics is TextEnvironment.metrics:
+        return {}  # nothing need be sent around
+    everyone: list[Episode] = gather_object(list(episodes))
+    played = [episode for episode in everyone if episode.stop is not StopReason.INFRASTRUCTURE]
+    return environment.metrics(played) if played else {}

@@ -39,7 +39,7 @@ from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
 from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
-from etude.trainers.episode_metrics import episode_metrics
+from etude.trainers.episode_metrics import environment_metrics, episode_metrics
 from etude.trainers.interrupt import interrupt_after
 from etude.trainers.online_config import OnlineConfig
 from etude.trainers.setup import Policy
@@ -215,7 +215,8 @@ class OnlineTrainer(ABC):
         seeds = [mix(self.config.seed, _EVALUATION, i) for i in indices]
         episodes = self.play([rows[i] for i in indices], seeds)
         metrics = episode_metrics(episodes, self.config.success_reward)
-        return self._average(metrics, weight=len(episodes)), episodes
+        averages = self._average(metrics, weight=len(episodes))
+        return {**environment_metrics(self._environment, episodes), **averages}, episodes
 
     def _measure(self, split: Split, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
         """Success on held-out tasks, on which nothing is selected."""
