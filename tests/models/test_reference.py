@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from encoder_decoders import make_seq2seq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from seq2seq_models import make_seq2seq
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from encoder_decoders import BOS, EOS, FAMILIES, FIRST, START, VOCAB, make_seq2seq
 from peft import LoraConfig
-from seq2seq_models import BOS, EOS, FAMILIES, FIRST, START, VOCAB, make_seq2seq
 
 from etude.data.batch import PackedBatch, Trajectory
 from etude.errors import DataError

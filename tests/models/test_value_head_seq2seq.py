@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder_decoders import BOS, FAMILIES, FIRST, PAD, START, VOCAB, make_seq2seq
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from seq2seq_models import BOS, FAMILIES, FIRST, PAD, START, VOCAB, make_seq2seq
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from decoder_families import FAMILIES, make_family
-from seq2seq_models import VOCAB, make_seq2seq, seq2seq_tokenizer
+from encoder_decoders import VOCAB, make_seq2seq, seq2seq_tokenizer
 
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment

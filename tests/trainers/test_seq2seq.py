@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from seq2seq_models import BOS, EOS, FAMILIES, FIRST, START, VOCAB, make_seq2seq, seq2seq_tokenizer
+from encoder_decoders import BOS, EOS, FAMILIES, FIRST, START, VOCAB, make_seq2seq, seq2seq_tokenizer
 
 from etude import (
     AutoModelForSeq2SeqLMWithValueHead,
