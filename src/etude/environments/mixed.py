@@ -117,7 +117,7 @@ class MixedEnvironment:
         name = self.name_of(task)
         episode = await self.environments[name].play(task, sampler, seed=seed)
         if episode.environment != name:  # the task named none, or the environment keeps no rows
-            episode.task = {**episode.task, COLUMN: name}
+            episode.task = {**task, **episode.task, COLUMN: name}
         return episode
 
     async def score(self, episodes: Sequence[Episode]) -> None:
