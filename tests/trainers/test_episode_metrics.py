@@ -1,6 +1,6 @@
 """Numbers about a batch of episodes, worked by hand."""
 
-from etude.trainers.episode_metrics import environment_metrics, episode_metrics
+from etude.trainers.episode_metrics import measures_by_environment, episode_metrics
 from etude.types import Episode, NamedReward, StopReason
 
 
@@ -50,7 +50,7 @@ def test_by_environment_beside_the_overall_ones():
     assert metrics["words/success"] == 0.5
     assert metrics["words/stop/infrastructure"] == 1 / 3
     assert not [name for name in metrics if name.startswith("other/")]
-    assert environment_metrics(metrics, ["sums", "words"]) == {
+    assert measures_by_environment(metrics, ["sums", "words"]) == {
         "sums": {"reward": 1.0, "success": 1.0, "rewards/exact": 1.0},
         "words": {"reward": 0.625, "success": 0.5, "rewards/chrf": 0.5, "rewards/short": 0.5},
     }

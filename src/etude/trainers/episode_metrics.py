@@ -37,7 +37,7 @@ def by_environment(episodes: Sequence[Episode], environments: Collection[str]) -
     return {name: those for name, those in own.items() if those}
 
 
-def environment_metrics(
+def measures_by_environment(
     metrics: Mapping[str, float], environments: Collection[str]
 ) -> dict[str, dict[str, float]]:
     """What a mixed run's metrics say about how good the model is at each: success, reward and rewards."""

@@ -35,7 +35,7 @@ from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
 from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
-from etude.trainers.episode_metrics import by_environment, environment_metrics, episode_metrics
+from etude.trainers.episode_metrics import by_environment, measures_by_environment, episode_metrics
 from etude.trainers.interrupt import interrupt_after
 from etude.trainers.means import mean_over_processes
 from etude.trainers.online_config import OnlineConfig
@@ -223,7 +223,7 @@ class OnlineTrainer(ABC):
             run.append_episodes(step, "validation", self._kept(episodes), self.tokenizer)
         if better:
             self._save_checkpoint(run, best=success)
-        each = environment_metrics(metrics, self._parts).items()
+        each = measures_by_environment(metrics, self._parts).items()
         shares = ", ".join(f"{name} {numbers['success']:.3f}" for name, numbers in each)
         display.message(f"iteration {step}: validation success {success:.3f}" + f" ({shares})" * bool(shares))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from etude.runtime.run import RunDirectory, Split
-from etude.trainers.episode_metrics import environment_metrics
+from etude.trainers.episode_metrics import measures_by_environment
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ def store_measure(
 ) -> None:
     """Keep the success on test tasks, and what each environment of a mixed run came to, beside each other."""
     run.update_summary({split: metrics["success"]})
-    found = environment_metrics(metrics, environments)
+    found = measures_by_environment(metrics, environments)
     if found:
         known = run.read_summary().get("environments", {})
         both = {name: {**known.get(name, {}), split: numbers} for name, numbers in found.items()}
