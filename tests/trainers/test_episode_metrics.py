@@ -1,6 +1,6 @@
 """Numbers about a batch of episodes, worked by hand."""
 
-from etude.trainers.episode_metrics import measures_by_environment, episode_metrics
+from etude.trainers.episode_metrics import episode_metrics, measures_by_environment
 from etude.types import Episode, NamedReward, StopReason
 
 

@@ -146,16 +146,24 @@ def _is_environment(charts: Sequence[Chart]) -> bool:
 
 
 def _telling(charts: Sequence[Chart]) -> list[Chart]:
-    """An environment's curves, without those of what never happens in it, such as calls of tools."""
+    """An environment's curves, without those of what never happens in it, such as calls of tools.
+
+    Nor is a single reward drawn twice, under its name and as the reward.
+    """
+    prefix = charts[0].name.partition("/")[0]
+    rewards = next(chart.series for chart in charts if chart.name == f"{prefix}/reward")
 
     def rank(chart: Chart) -> int:
         name = chart.name.partition("/")[2]
         return _rank("reward" if name.startswith("rewards/") else name)
 
-    def happens(chart: Chart) -> bool:
-        return any(value for points in chart.series.values() for _, value in points)
+    def tells(chart: Chart) -> bool:
+        if chart.name.startswith(f"{prefix}/rewards/"):
+            return chart.series != rewards
+        happens = any(value for points in chart.series.values() for _, value in points)
+        return happens or rank(chart) <= _rank("success")
 
-    return sorted((c for c in charts if rank(c) <= _rank("success") or happens(c)), key=rank)
+    return sorted(filter(tells, charts), key=rank)
 
 
 def in_words(name: str) -> str:

@@ -35,7 +35,7 @@ from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
 from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
-from etude.trainers.episode_metrics import by_environment, measures_by_environment, episode_metrics
+from etude.trainers.episode_metrics import by_environment, episode_metrics, measures_by_environment
 from etude.trainers.interrupt import interrupt_after
 from etude.trainers.means import mean_over_processes
 from etude.trainers.online_config import OnlineConfig
