@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from etude.environments.history import TextHistory
 from etude.environments.tags import ParsedTurn, ToolProtocol
+from etude.environments.user import User
+from etude.errors import EnvironmentSetupError
 from etude.protocols import Reward, Sampler
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
@@ -29,6 +31,7 @@ class Lockstep(ABC):
     protocol: ToolProtocol
     params: SamplingParams
     rewards: list[Reward]
+    user: User | None
     max_length: int | None
 
     @property
@@ -42,7 +45,13 @@ class Lockstep(ABC):
     async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None: ...
 
     def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
-        """Sample one turn for each history that isn't completed."""
+        """Sample one turn for each history that isn't completed.
+
+        Raises:
+            EnvironmentSetupError: there is a user, whom TRL's loop wouldn't ask.
+        """
+        if self.user is not None:
+            raise EnvironmentSetupError("the lock-step methods ask no user; call run(tasks), or drop user=")
 
         async def turn(history: TextHistory, seed: int) -> None:
             session = self.sampler.session(seed=seed)

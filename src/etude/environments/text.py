@@ -1,9 +1,10 @@
 """The text environment: a model and its tools, over several turns, on one task.
 
     prompt ─► model turn ─► calls a tool? ─► tool's answer ─► model turn ─► … ─► submitted, or a limit
+                                 └► no, but there is a user ─► its reply ─► model turn ─► …
 
 `TextEnvironment` is concrete. It is subclassed through `build_prompt`, `is_done` and `score`; everything
-else is composed: tools, rewards, protocol and sampler are arguments.
+else is composed: tools, rewards, protocol, user and sampler are arguments.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from etude.environments.history import TextHistory
 from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
 from etude.environments.tags import ParsedTurn, TagProtocol, ToolProtocol
+from etude.environments.user import User, as_user, ask
 from etude.errors import DataError, EnvironmentSetupError, SamplerError
 from etude.math.counters import mix
 from etude.protocols import Reward, Sampler, Session, Tool
@@ -78,6 +80,9 @@ class TextEnvironment(Lockstep):
         tool_timeout: seconds a tool may take.
         max_seconds: wall time of an episode, after which it is interrupted; None for no limit.
         protocol: how calls are written; TRL's tags by default.
+        user: who answers a turn that calls no tool: `f(episode) -> text`, sync or async, or None to end the
+            episode; a list of replies, or the name of the tasks' column that has them. By default nobody
+            does, and such a turn ends the episode.
         sampler: a sampler to use instead of a local one over `model`.
         slots: episodes that the local sampler decodes at once, at most.
         cache_bytes: what its keys and values may take, such as "2GiB"; half of the free memory by default.
@@ -103,6 +108,7 @@ class TextEnvironment(Lockstep):
         tool_timeout: float = 10.0,
         max_seconds: float | None = None,
         protocol: ToolProtocol | None = None,
+        user: User | Sequence[str] | str | None = None,
         sampler: Sampler | None = None,
         slots: int = 32,
         cache_bytes: int | str | None = None,
@@ -130,6 +136,7 @@ class TextEnvironment(Lockstep):
         self.max_length = max_length
         self.max_seconds = max_seconds
         self.protocol = protocol or TagProtocol()
+        self.user = as_user(user)
         self.tool_limits = ToolLimits(timeout=tool_timeout, max_characters=self.max_tool_response)
         self.generation_kwargs = dict(generation_kwargs or {})
         self.params = sampling_params(self.generation_kwargs, tokenizer, stop=self.protocol.stop)
@@ -248,27 +255,34 @@ class TextEnvironment(Lockstep):
             episode.append(segment)
         parsed = self.protocol.parse(sampled.text)
         episode.stop = self._stop_after_model(episode, sampled, parsed, limit)
-        if episode.stop is None:
-            started = time.monotonic()
+        if episode.stop is not None:
+            return
+        started = time.monotonic()
+        if parsed.calls:
             await self._answer(episode, parsed, limit)
             _count(episode, "tools", started)
+        elif self.user is not None:
+            await self._listen(self.user, episode, _last_word(sampled), limit)
+            _count(episode, "user", started)
 
     def _stop_after_model(
         self, episode: Episode, sampled: Sampled, parsed: ParsedTurn, limit: int
     ) -> StopReason | None:
         if parsed.submitted:
             return StopReason.SUBMITTED
-        if sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids:
+        ended = sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids
+        if ended and (parsed.calls or self.user is None):
             return StopReason.END_OF_SEQUENCE
         if sampled.finish == "length":
             return StopReason.MAX_TOKENS if episode.context_length >= limit else StopReason.TURN_TOKENS
         if self.is_done(episode):
             return StopReason.DONE
-        if not parsed.calls:
+        if not parsed.calls and self.user is None:
             return StopReason.NO_TOOL_CALL
         if episode.turns >= self.max_turns:
             return StopReason.MAX_TURNS
-        if self.max_tool_calls is not None and len(episode.tool_calls) >= self.max_tool_calls:
+        most = self.max_tool_calls
+        if parsed.calls and most is not None and len(episode.tool_calls) >= most:
             return StopReason.MAX_TOOL_CALLS
         return None
 
@@ -278,16 +292,29 @@ class TextEnvironment(Lockstep):
         call = await call_tool(self.tools, parsed.tool, arguments, self.tool_limits, episode.turns - 1)
         episode.tool_calls.append(call)
         encoded = encode_plain(self.tokenizer, call.response)
-        response_ids, response = encoded.ids, encoded.text
+        response = Segment("tool", encoded.text, encoded.ids)
         cap = self.max_tool_response_tokens
-        if cap is not None and len(response_ids) > cap:
-            response_ids = response_ids[:cap]
-            response = decode(self.tokenizer, response_ids)
+        if cap is not None and len(response.token_ids) > cap:
+            response.token_ids = response.token_ids[:cap]
+            response.text = decode(self.tokenizer, response.token_ids)
             call.truncated = True
+        self._append_framed(episode, response, limit)
+
+    async def _listen(self, user: User, episode: Episode, last_word: StopReason, limit: int) -> None:
+        """Ask the user, and append what it says; if it says no more, the model had the last word."""
+        reply = await ask(user, episode)
+        if reply is None:
+            episode.stop = last_word
+            return
+        encoded = encode_plain(self.tokenizer, reply)
+        self._append_framed(episode, Segment("environment", encoded.text, encoded.ids), limit)
+
+    def _append_framed(self, episode: Episode, data: Segment, limit: int) -> None:
+        """Append what came back, with the protocol's control text around it, if it fits."""
         before, after = self.protocol.frame()
         answer = [
             Segment("environment", before, encode_control(self.tokenizer, before)),
-            Segment("tool", response, response_ids),
+            data,
             Segment("environment", after, encode_control(self.tokenizer, after)),
         ]
         if episode.context_length + sum(len(segment.token_ids) for segment in answer) >= limit:
@@ -318,6 +345,10 @@ class TextEnvironment(Lockstep):
     def current_device(self) -> torch.device:
         """Where the token tensors that `run` returns live."""
         return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
+
+
+def _last_word(sampled: Sampled) -> StopReason:
+    return StopReason.END_OF_SEQUENCE if sampled.finish == "eos" else StopReason.NO_TOOL_CALL
 
 
 def _count(episode: Episode, name: str, started: float) -> None:
