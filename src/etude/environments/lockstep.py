@@ -15,13 +15,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from etude.environments.history import TextHistory
-from etude.environments.tags import ParsedTurn, ToolProtocol
+from etude.environments.tags import ParsedTurn, Reply, ToolProtocol
 from etude.environments.user import User
 from etude.errors import EnvironmentSetupError
 from etude.protocols import Reward, Sampler
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
-from etude.types import Episode, SamplingParams
+from etude.types import Episode, SamplingParams, Segment
 
 
 class Lockstep(ABC):
@@ -42,7 +42,10 @@ class Lockstep(ABC):
     def next_seed(self) -> int: ...
 
     @abstractmethod
-    async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None: ...
+    async def _answer(self, episode: Episode, parsed: ParsedTurn) -> list[Reply]: ...
+
+    @abstractmethod
+    def _append(self, episode: Episode, answer: Sequence[Segment], limit: int) -> None: ...
 
     def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
         """Sample one turn for each history that isn't completed.
@@ -74,14 +77,18 @@ class Lockstep(ABC):
             history.complete(truncated)
         if not history.completed:
             parsed = self.protocol.parse(history.last_text_segment)
+            framing = self.protocol.begin(self.tokenizer, history.episode.prompt)
+            replies = run_sync(self._answer(history.episode, parsed))
             limit = min(self.max_length or self.sampler.max_length, self.sampler.max_length)
-            run_sync(self._answer(history.episode, parsed, limit))
+            self._append(history.episode, framing.frame(replies, None), limit)
         return history
 
     def parse_tool_call(self, text: str) -> tuple[str | None, str | None]:
         """(tool, query) of a turn's text; (None, None) where there is no well-formed call."""
-        parsed = self.protocol.parse(text)
-        return parsed.tool, parsed.query
+        for call in self.protocol.parse(text).calls:
+            if call.tool is not None:
+                return call.tool, str(call.arguments)
+        return None, None
 
     def task_end_check(self, history: TextHistory, model_turn: bool = True) -> tuple[bool, bool]:
         """(truncated, ended)"""

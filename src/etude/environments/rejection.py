@@ -134,7 +134,7 @@ def _check_tasks(
     environment: TextEnvironment, rows: Sequence[Mapping[str, Any]], stored: Mapping[int, list[Episode]]
 ) -> None:
     for task, episodes in stored.items():
-        if task >= len(rows) or environment.build_prompt(rows[task]) != episodes[0].prompt:
+        if task >= len(rows) or environment.prompt_text(rows[task]) != episodes[0].prompt:
             raise DataError(
                 f"the stored episodes of task {task} began with {episodes[0].prompt[:60]!r}, which is not "
                 "its prompt now; give the same tasks in the same order, or choose another output_dir"

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.encoding import decode, encode_control, encode_plain, encode_prompt
+from etude.data.encoding import decode, encode_plain
+from etude.data.messages import Messages
 from etude.data.source_target import encode_source
 from etude.environments.history import TextHistory
 from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
-from etude.environments.tags import ParsedTurn, TagProtocol, ToolProtocol
-from etude.environments.user import User, as_user, ask
+from etude.environments.tags import Framing, ParsedTurn, Reply, TagProtocol, ToolProtocol
+from etude.environments.user import User, as_user, ask, leave
 from etude.errors import DataError, EnvironmentSetupError, SamplerError
 from etude.math.counters import mix
 from etude.protocols import Reward, Sampler, Session, Tool
@@ -82,7 +83,8 @@ class TextEnvironment(Lockstep):
         protocol: how calls are written; TRL's tags by default.
         user: who answers a turn that calls no tool: `f(episode) -> text`, sync or async, or None to end the
             episode; a list of replies, or the name of the tasks' column that has them. By default nobody
-            does, and such a turn ends the episode.
+            does, and such a turn ends the episode. If it has a method `close(episode)`, that is called when
+            the episode is over.
         sampler: a sampler to use instead of a local one over `model`.
         slots: episodes that the local sampler decodes at once, at most.
         cache_bytes: what its keys and values may take, such as "2GiB"; half of the free memory by default.
@@ -139,7 +141,11 @@ class TextEnvironment(Lockstep):
         self.user = as_user(user)
         self.tool_limits = ToolLimits(timeout=tool_timeout, max_characters=self.max_tool_response)
         self.generation_kwargs = dict(generation_kwargs or {})
-        self.params = sampling_params(self.generation_kwargs, tokenizer, stop=self.protocol.stop)
+        self.params = sampling_params(
+            {"eos_token_id": _ends(tokenizer, self.protocol), **self.generation_kwargs},
+            tokenizer,
+            stop=self.protocol.stop,
+        )
         self.slots = slots
         self.cache_bytes = cache_bytes
         self.seed = torch.initial_seed() if seed is None else seed
@@ -158,13 +164,14 @@ class TextEnvironment(Lockstep):
 
     # The three open points.
 
-    def build_prompt(self, task: Mapping[str, Any]) -> str:
-        """The text an episode starts with."""
+    def build_prompt(self, task: Mapping[str, Any]) -> str | Messages:
+        """The text an episode starts with; or messages, where the protocol is a chat template."""
         for column in ("prompt", "query"):
             if isinstance(task.get(column), str):
                 return self.prompt + task[column]
         raise DataError(
-            f"a task needs a text column 'prompt' (or 'query'); this one has {', '.join(task) or 'none'}"
+            f"a task needs a text column 'prompt' (or 'query'); this one has {', '.join(task) or 'none'}. "
+            "Messages are for a ChatEnvironment"
         )
 
     def is_done(self, episode: Episode) -> bool:
@@ -174,6 +181,10 @@ class TextEnvironment(Lockstep):
     async def score(self, episodes: Sequence[Episode]) -> None:
         """Append rewards to each episode, those of turns and tokens where they belong."""
         await score_episodes(self.rewards, episodes)
+
+    def prompt_text(self, task: Mapping[str, Any]) -> str:
+        """What the episodes of a task begin with, as text."""
+        return self.protocol.begin(self.tokenizer, self.build_prompt(task)).prompt.text
 
     # Playing.
 
@@ -214,35 +225,36 @@ class TextEnvironment(Lockstep):
         """Play one episode. What the model gets wrong is data; so is a failure on our side."""
         episode = Episode(task=task, seed=seed)
         started = time.monotonic()
-        session = self._begin(episode, sampler)
+        framing = self.protocol.begin(self.tokenizer, self.build_prompt(task))
+        session = self._begin(episode, sampler, framing.prompt)
         limit = min(self.max_length or sampler.max_length, sampler.max_length)
         try:
             async with asyncio.timeout(self.max_seconds):
                 while episode.stop is None:
-                    await self._turn(episode, session, limit)
+                    await self._turn(episode, session, framing, limit)
         except TimeoutError:
             episode.stop = StopReason.WALL_CLOCK
         except SamplerError as error:
             episode.stop, episode.error = StopReason.INFRASTRUCTURE, str(error)
         finally:
             session.close()
+            leave(self.user, episode)
             episode.timings["total"] = time.monotonic() - started
         return episode
 
-    def _begin(self, episode: Episode, sampler: Sampler) -> Session:
+    def _begin(self, episode: Episode, sampler: Sampler, prompt: Segment) -> Session:
         """Append the prompt; an encoder reads it, or it is the beginning of what the model goes on from."""
-        prompt = self.build_prompt(episode.task)
         start = decoder_start(self.generation_kwargs, sampler.decoder_start)
         if not start:
-            episode.append(Segment("prompt", prompt, encode_prompt(self.tokenizer, prompt)))
+            episode.append(prompt)
             return sampler.session(seed=episode.seed)
-        source_ids = encode_source(self.tokenizer, prompt)
-        episode.append(Segment("prompt", prompt, source_ids, encoder=True))
+        source_ids = encode_source(self.tokenizer, prompt.text)
+        episode.append(Segment("prompt", prompt.text, source_ids, encoder=True))
         episode.append(Segment("environment", "", list(start)))
         return sampler.session(seed=episode.seed, source_ids=source_ids)
 
-    async def _turn(self, episode: Episode, session: Session, limit: int) -> None:
-        """One model turn and, if it calls one, its tool's answer."""
+    async def _turn(self, episode: Episode, session: Session, framing: Framing, limit: int) -> None:
+        """One model turn, and what a tool or the user answers."""
         room = limit - episode.context_length
         if room <= len(self.params.forced_prefix):  # nothing could be sampled
             episode.stop = StopReason.MAX_TOKENS
@@ -259,11 +271,16 @@ class TextEnvironment(Lockstep):
             return
         started = time.monotonic()
         if parsed.calls:
-            await self._answer(episode, parsed, limit)
+            replies = await self._answer(episode, parsed)
             _count(episode, "tools", started)
-        elif self.user is not None:
-            await self._listen(self.user, episode, _last_word(sampled), limit)
+        else:
+            replies = await self._listen(episode)
             _count(episode, "user", started)
+        if replies:
+            ended_by = sampled.token_ids[-1] if sampled.finish == "eos" else None
+            self._append(episode, framing.frame(replies, ended_by), limit)
+        else:  # the user has nothing to add
+            episode.stop = _last_word(sampled)
 
     def _stop_after_model(
         self, episode: Episode, sampled: Sampled, parsed: ParsedTurn, limit: int
@@ -271,7 +288,8 @@ class TextEnvironment(Lockstep):
         if parsed.submitted:
             return StopReason.SUBMITTED
         ended = sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids
-        if ended and (parsed.calls or self.user is None):
+        # In a chat, an end of sequence ends the turn that calls a tool; tags end such a turn themselves.
+        if ended and (self.user is None if not parsed.calls else sampled.finish != "eos"):
             return StopReason.END_OF_SEQUENCE
         if sampled.finish == "length":
             return StopReason.MAX_TOKENS if episode.context_length >= limit else StopReason.TURN_TOKENS
@@ -281,42 +299,39 @@ class TextEnvironment(Lockstep):
             return StopReason.NO_TOOL_CALL
         if episode.turns >= self.max_turns:
             return StopReason.MAX_TURNS
-        most = self.max_tool_calls
-        if parsed.calls and most is not None and len(episode.tool_calls) >= most:
+        calls, most = len(episode.tool_calls) + len(parsed.calls), self.max_tool_calls
+        if parsed.calls and most is not None and calls > most:
             return StopReason.MAX_TOOL_CALLS
         return None
 
-    async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None:
-        """Run the tool that a turn calls and append what it answers."""
-        arguments = parsed.query if parsed.tool is not None else episode.last_model_text
-        call = await call_tool(self.tools, parsed.tool, arguments, self.tool_limits, episode.turns - 1)
-        episode.tool_calls.append(call)
-        encoded = encode_plain(self.tokenizer, call.response)
-        response = Segment("tool", encoded.text, encoded.ids)
-        cap = self.max_tool_response_tokens
-        if cap is not None and len(response.token_ids) > cap:
-            response.token_ids = response.token_ids[:cap]
-            response.text = decode(self.tokenizer, response.token_ids)
-            call.truncated = True
-        self._append_framed(episode, response, limit)
+    async def _answer(self, episode: Episode, parsed: ParsedTurn) -> list[Reply]:
+        """Run the tools that a turn calls, one after the other: they may share what they work on."""
+        replies, turn = [], episode.turns - 1
+        for asked in parsed.calls:
+            call = await call_tool(self.tools, asked.tool, asked.arguments, self.tool_limits, turn)
+            episode.tool_calls.append(call)
+            encoded = encode_plain(self.tokenizer, call.response)
+            response_ids, response = encoded.ids, encoded.text
+            cap = self.max_tool_response_tokens
+            if cap is not None and len(response_ids) > cap:
+                response_ids = response_ids[:cap]
+                response = decode(self.tokenizer, response_ids)
+                call.truncated = True
+            replies.append(Reply(response, response_ids, asked))
+        return replies
 
-    async def _listen(self, user: User, episode: Episode, last_word: StopReason, limit: int) -> None:
-        """Ask the user, and append what it says; if it says no more, the model had the last word."""
-        reply = await ask(user, episode)
+    async def _listen(self, episode: Episode) -> list[Reply]:
+        """Ask the user; nothing comes back if it says no more."""
+        assert self.user is not None, "without a user, a turn that calls no tool ends the episode"
+        reply = await ask(self.user, episode)
         if reply is None:
-            episode.stop = last_word
-            return
+            return []
+        episode.replies.append(reply)
         encoded = encode_plain(self.tokenizer, reply)
-        self._append_framed(episode, Segment("environment", encoded.text, encoded.ids), limit)
+        return [Reply(encoded.text, encoded.ids)]
 
-    def _append_framed(self, episode: Episode, data: Segment, limit: int) -> None:
-        """Append what came back, with the protocol's control text around it, if it fits."""
-        before, after = self.protocol.frame()
-        answer = [
-            Segment("environment", before, encode_control(self.tokenizer, before)),
-            data,
-            Segment("environment", after, encode_control(self.tokenizer, after)),
-        ]
+    def _append(self, episode: Episode, answer: Sequence[Segment], limit: int) -> None:
+        """Append what came back, if it fits."""
         if episode.context_length + sum(len(segment.token_ids) for segment in answer) >= limit:
             episode.stop = StopReason.MAX_TOKENS
             return
@@ -345,6 +360,12 @@ class TextEnvironment(Lockstep):
     def current_device(self) -> torch.device:
         """Where the token tensors that `run` returns live."""
         return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, protocol: ToolProtocol) -> list[int]:
+    """The tokens that end a turn where the caller doesn't say."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*eos, *protocol.end_ids]))
 
 
 def _last_word(sampled: Sampled) -> StopReason:

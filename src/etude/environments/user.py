@@ -35,13 +35,8 @@ class ScriptedUser:
             return None
         if isinstance(replies, str) or not all(isinstance(reply, str) for reply in replies):
             raise EnvironmentSetupError(f"a user's replies are {replies!r}; expected a list of texts")
-        said = replies_so_far(episode)
+        said = len(episode.replies)
         return replies[said] if said < len(replies) else None
-
-
-def replies_so_far(episode: Episode) -> int:
-    """How often the user was heard when its answer to the last turn is still to come."""
-    return episode.turns - len({call.turn for call in episode.tool_calls}) - 1
 
 
 def as_user(user: User | Sequence[str] | str | None) -> User | None:
@@ -79,3 +74,10 @@ async def ask(user: User, episode: Episode) -> str | None:
     if reply is not None and not isinstance(reply, str):
         raise EnvironmentSetupError(f"the user said {reply!r}; expected text, or None to end the episode")
     return reply
+
+
+def leave(user: User | None, episode: Episode) -> None:
+    """The episode is over: a user that keeps something for it gives it up."""
+    close = getattr(user, "close", None)
+    if close is not None:
+        close(episode)

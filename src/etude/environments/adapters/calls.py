@@ -68,7 +68,9 @@ class ForeignCalls:
         exception, name = outcome.exception, f"{self.name}: {call}"
         if exception is None:
             late = f"did not answer within {self.timeout} seconds"
-            return InstanceError(f"{name} {late if outcome.how == 'timeout' else 'waits for an earlier call'}")
+            return InstanceError(
+                f"{name} {late if outcome.how == 'timeout' else 'waits for an earlier call'}"
+            )
         if not isinstance(exception, Exception | SystemExit | asyncio.CancelledError):
             raise exception
         return InstanceError(f"{name} raised {type(exception).__name__}: {exception}")

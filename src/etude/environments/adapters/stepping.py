@@ -1,0 +1,132 @@
+"""Environments that are stepped: what one says is the model's turn's answer, what the model says an action.
+
+    reset ─► observation, at the end of the prompt ─► model turn ─► parsed as an action ─► step ─► reward, and
+    the next observation ─► … ─► terminated or truncated
+
+A step's reward sits on the last token that the model sampled for it. A turn that is no action is answered
+with what was wrong, and the environment isn't stepped. What has terminated ends for `StopReason.DONE`; what
+was truncated for `MAX_TURNS`: a limit on steps is one on turns, it holds at evaluation as well, and so it is
+part of the task, and its value doesn't bootstrap. A run that sees it otherwise says so in `stop_policies`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from etude.environments.adapters.instance import Instance
+from etude.environments.text import TextEnvironment
+from etude.errors import InstanceError
+from etude.rewards.scores import check_scores
+from etude.types import Episode, NamedReward, StopReason
+
+INVALID = "invalid_actions"  # how many turns were no action: a number to look at, of weight 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What came of an action.
+
+    Attributes:
+        text: what the model reads next.
+        reward: None where there is none.
+        terminated: the task has come to its end.
+        truncated: the environment's own limit has cut it off.
+    """
+
+    text: str
+    reward: float | None = None
+    terminated: bool = False
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepReward:
+    """How steps are rewarded.
+
+    Attributes:
+        name: of the steps' rewards.
+        weight: of them in the episode's reward.
+        invalid: the reward of a turn that is no action.
+    """
+
+    name: str
+    weight: float = 1.0
+    invalid: float = 0.0
+
+
+class SteppedInstance(Instance):
+    """An environment that is stepped, for one episode."""
+
+    speaks = True
+
+    def __init__(self, inner: TextEnvironment, rewards: StepReward) -> None:
+        self.inner = inner
+        self.rewards = rewards
+        self.ended: StopReason | None = None
+        self.answered = 0  # turns, as far as this instance has seen them
+        self.invalid = 0
+
+    @abstractmethod
+    async def reset(self, task: Mapping[str, Any], seed: int) -> str:
+        """Begin; the first observation as text."""
+
+    @abstractmethod
+    def parse(self, text: str) -> Any:
+        """A turn's text as an action.
+
+        Raises:
+            ValueError, LookupError: it is none; the message is for the model to read.
+        """
+
+    @abstractmethod
+    async def step(self, action: Any) -> Step:
+        """Act."""
+
+    async def open(self, task: Mapping[str, Any], seed: int) -> str:
+        return await self.reset(task, seed)
+
+    async def reply(self, episode: Episode) -> str | None:
+        self.answered = episode.turns
+        try:
+            action = self.parse(episode.last_model_text)
+        except (ValueError, LookupError) as error:  # the model's mistake
+            self.invalid += 1
+            self._reward(episode, self.rewards.invalid)
+            return str(error.args[0]) if error.args else type(error).__name__
+        step = await self.step(action)
+        self._reward(episode, step.reward)
+        if step.terminated or step.truncated:
+            self.ended = StopReason.DONE if step.terminated else StopReason.MAX_TURNS
+            return None
+        return step.text
+
+    def _reward(self, episode: Episode, value: float | None) -> None:
+        name = self.rewards.name
+        [value] = check_scores([value], name, [episode])
+        last = max(i for i, sampled in enumerate(episode.sampled) if sampled)
+        episode.rewards.append(NamedReward(name, value, self.rewards.weight, last))
+
+    async def finish(self, episode: Episode) -> None:
+        # The last turn that the limit allows is an action, too; nobody was asked for an answer to it.
+        unanswered = episode.stop is StopReason.MAX_TURNS and self.answered < episode.turns
+        if unanswered and not self.inner.protocol.parse(episode.last_model_text).calls:
+            await self.reply(episode)
+        if self.ended is not None:
+            episode.stop = self.ended
+        if not episode.rewards:
+            episode.rewards.append(NamedReward(self.rewards.name, None, self.rewards.weight))
+        episode.rewards.append(NamedReward(INVALID, float(self.invalid), weight=0.0))
+
+
+def as_text(value: Any, source: str) -> str:
+    """What an environment says, if it is text.
+
+    Raises:
+        InstanceError: it isn't.
+    """
+    if not isinstance(value, str):
+        raise InstanceError(f"{source} is {value!r}; expected text: pass render=, observation to text")
+    return value
