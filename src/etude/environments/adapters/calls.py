@@ -27,7 +27,7 @@ _spare: list[Threads] = []  # one thread each, kept for the next object
 
 def _take_thread() -> Threads:
     with _lock:
-        free = next((thread for thread in _spare if not thread.abandoned), None)
+        free = next((thread for thread in reversed(_spare) if not thread.abandoned), None)
         if free is not None:
             _spare.remove(free)
         return free or Threads(bound=1)
@@ -41,7 +41,7 @@ class ForeignCalls:
         timeout: seconds for one call; None for no limit.
 
     Attributes:
-        failure: the first call that failed, if one has.
+        failure: the first call that failed, if one has; closing apart.
     """
 
     def __init__(self, name: str, timeout: float | None) -> None:
@@ -56,21 +56,29 @@ class ForeignCalls:
         Raises:
             InstanceError: it raised, or took too long, or an earlier call still holds the thread.
         """
-        call = functools.partial(function, *args, **kwargs)
-        outcome = await run_function(call, self.timeout, self._thread)
+        try:
+            return await self._call(functools.partial(function, *args, **kwargs), self._thread)
+        except InstanceError as failure:
+            self.failure = self.failure or failure
+            raise
+
+    async def close(self, function: Callable[[], Any]) -> Any:
+        """Call what closes the object, from elsewhere if its thread is held: better so than not at all."""
+        return await self._call(functools.partial(function), None if self._thread.abandoned else self._thread)
+
+    async def _call(self, call: functools.partial[Any], thread: Threads | None) -> Any:
+        outcome = await run_function(call, self.timeout, thread)
         if outcome.how == "returned":
             return outcome.value
-        failure = self._failure(getattr(function, "__name__", type(function).__name__), outcome)
-        self.failure = self.failure or failure
-        raise failure from outcome.exception
+        name = getattr(call.func, "__name__", type(call.func).__name__)
+        raise self._failure(name, outcome) from outcome.exception
 
     def _failure(self, call: str, outcome: Outcome) -> InstanceError:
         exception, name = outcome.exception, f"{self.name}: {call}"
+        if outcome.how == "timeout":
+            return InstanceError(f"{name} did not answer within {self.timeout} seconds")
         if exception is None:
-            late = f"did not answer within {self.timeout} seconds"
-            return InstanceError(
-                f"{name} {late if outcome.how == 'timeout' else 'waits for an earlier call'}"
-            )
+            return InstanceError(f"{name} can't run, an earlier call never ended")
         if not isinstance(exception, Exception | SystemExit | asyncio.CancelledError):
             raise exception
         return InstanceError(f"{name} raised {type(exception).__name__}: {exception}")

@@ -132,4 +132,4 @@ class _Duck(Instance):
 
     async def close(self) -> None:
         if "close" in self.own:
-            await self.calls(self.duck.close)
+            await self.calls.close(self.duck.close)

@@ -12,6 +12,7 @@ Needs the extra `gymnasium` where an environment is named; a function that makes
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, EnvironmentSetupError
 from etude.rewards.scores import check_weight
 from etude.tools.contract import to_text
+
+_COLOURED = re.compile("\x1b\\[[0-9;]*m(.*?)\x1b\\[0m", re.DOTALL)
 
 Parse = Callable[[str], Any]
 Render = Callable[[Any], str]
@@ -38,7 +41,7 @@ class GymnasiumEnvironment(InstanceEnvironment):
             in `actions`, else for a discrete space its numbers, else the text itself, stripped.
         actions: names of a discrete space's actions, in order, or a mapping from names to actions.
         render: an observation to text. By default what the environment renders where its `render_mode` is
-            "ansi", else the observation itself, arrays as JSON.
+            "ansi" (what it colours in brackets), else the observation itself, arrays as JSON.
         name: of the steps' reward; by default the environment's id.
         weight: of the steps' rewards in the episode's.
         invalid_reward: of a turn that is no action.
@@ -108,11 +111,11 @@ class _Gym(SteppedInstance):
         if self.environment.render is not None:
             return self.environment.render(observation)
         if self.gym.render_mode == "ansi":
-            return to_text(await self.calls(self.gym.render))
+            return _COLOURED.sub(r"[\1]", to_text(await self.calls(self.gym.render)))
         return to_text(observation)
 
     async def close(self) -> None:
-        await self.calls(self.gym.close)
+        await self.calls.close(self.gym.close)
 
 
 def _numbered(names: Sequence[str]) -> dict[str, int]:
