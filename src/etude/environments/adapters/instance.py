@@ -51,7 +51,7 @@ class Instance(ABC):
         raise NotImplementedError
 
     def is_done(self, episode: Episode) -> bool:
-        """Asked after each turn and each tool's answer."""
+        """Asked after each turn and each tool's answer, and may write down what came of it."""
         return False
 
     @abstractmethod

@@ -18,7 +18,7 @@ from typing import Any
 
 from etude.environments.adapters.instance import Instance
 from etude.environments.text import TextEnvironment
-from etude.errors import InstanceError
+from etude.rewards.levels import positions
 from etude.rewards.scores import check_scores
 from etude.types import Episode, NamedReward, StopReason
 
@@ -34,12 +34,14 @@ class Step:
         reward: None where there is none.
         terminated: the task has come to its end.
         truncated: the environment's own limit has cut it off.
+        refused: it was no action after all; the text says why.
     """
 
     text: str
     reward: float | None = None
     terminated: bool = False
     truncated: bool = False
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,20 @@ class StepReward:
     name: str
     weight: float = 1.0
     invalid: float = 0.0
+
+    def give(self, episode: Episode, value: float | None) -> None:
+        """Append the reward of the episode's last turn.
+
+        Raises:
+            RewardError: it is no finite number.
+        """
+        [value] = check_scores([value], self.name, [episode])
+        episode.rewards.append(NamedReward(self.name, value, self.weight, positions(episode, "turn")[-1]))
+
+    def none(self, episode: Episode) -> None:
+        """Leave the name where no step was rewarded, so that every episode has it."""
+        if all(reward.name != self.name for reward in episode.rewards):
+            episode.rewards.append(NamedReward(self.name, None, self.weight))
 
 
 class SteppedInstance(Instance):
@@ -93,21 +109,15 @@ class SteppedInstance(Instance):
         try:
             action = self.parse(episode.last_model_text)
         except (ValueError, LookupError) as error:  # the model's mistake
-            self.invalid += 1
-            self._reward(episode, self.rewards.invalid)
-            return str(error.args[0]) if error.args else type(error).__name__
-        step = await self.step(action)
-        self._reward(episode, step.reward)
+            step = Step(str(error.args[0]) if error.args else type(error).__name__, refused=True)
+        else:
+            step = await self.step(action)
+        self.invalid += step.refused
+        self.rewards.give(episode, self.rewards.invalid if step.refused else step.reward)
         if step.terminated or step.truncated:
             self.ended = StopReason.DONE if step.terminated else StopReason.MAX_TURNS
             return None
         return step.text
-
-    def _reward(self, episode: Episode, value: float | None) -> None:
-        name = self.rewards.name
-        [value] = check_scores([value], name, [episode])
-        last = max(i for i, sampled in enumerate(episode.sampled) if sampled)
-        episode.rewards.append(NamedReward(name, value, self.rewards.weight, last))
 
     async def finish(self, episode: Episode) -> None:
         # The last turn that the limit allows is an action, too; nobody was asked for an answer to it.
@@ -116,17 +126,5 @@ class SteppedInstance(Instance):
             await self.reply(episode)
         if self.ended is not None:
             episode.stop = self.ended
-        if not episode.rewards:
-            episode.rewards.append(NamedReward(self.rewards.name, None, self.rewards.weight))
+        self.rewards.none(episode)
         episode.rewards.append(NamedReward(INVALID, float(self.invalid), weight=0.0))
-
-
-def as_text(value: Any, source: str) -> str:
-    """What an environment says, if it is text.
-
-    Raises:
-        InstanceError: it isn't.
-    """
-    if not isinstance(value, str):
-        raise InstanceError(f"{source} is {value!r}; expected text: pass render=, observation to text")
-    return value
