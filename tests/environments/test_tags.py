@@ -2,7 +2,7 @@
 
 import pytest
 
-from etude.environments.tags import Call, ParsedTurn, Reply, TagProtocol
+from etude.environments.tags import Call, ParsedTurn, TagProtocol
 
 
 @pytest.mark.parametrize(

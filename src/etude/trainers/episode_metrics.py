@@ -11,6 +11,7 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
     """Means over the episodes that weren't lost to our own failures.
 
     `success` is the share whose reward reaches `success_reward`; `tool_use` the share that called a tool;
+    `user_replies` how often a user was heard, where one was;
     `stop/<reason>` the share that ended for it, `rewards/<name>` each reward where there are several: the sum
     of its values in an episode, without its weight, over the episodes to which it applies.
     """
@@ -28,6 +29,8 @@ def episode_metrics(episodes: Sequence[Episode], success_reward: float) -> dict[
         "turns": sum(episode.turns for episode in played) / count,
         "sampled_tokens": sum(sum(episode.sampled) for episode in played) / count,
     }
+    if any(episode.replies for episode in played):
+        metrics["user_replies"] = sum(len(episode.replies) for episode in played) / count
     totals = [total for episode in played for total in episode.reward_totals.values()]
     names = dict.fromkeys(total.name for total in totals)
     for name in names if len(names) > 1 else ():
