@@ -1,4 +1,4 @@
-"""The local sampler: continuous batching over any `transformers` decoder, sharing the trainer's weights.
+"""The local sampler: continuous batching over any language model, sharing the trainer's weights.
 
     session.sample(ids)  ─►  waiting ─► running ─► one flat step: feed, draw, extend ─► finished turns return
                                  ▲          │                                               │
@@ -9,7 +9,9 @@ while its tool runs: on return only the tool's tokens are fed. A beginning that 
 group's prompt, a few-shot preamble) is computed once and copied. Steps run on the event loop's own thread,
 between them everybody else (tools, other episodes) gets a turn; nothing waits for the slowest.
 
-Not covered: other processes or machines, encoder–decoders.
+An encoder–decoder's sessions are its decoder's; what its encoder reads belongs to them, and is read once.
+
+Not covered: other processes or machines.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from etude.errors import CacheBudgetError, ConfigError, SamplerError
+from etude.models.encoder_decoder import decoder_start_ids, is_encoder_decoder
 from etude.models.packing import rotary_switch
 from etude.models.prepacked import PrepackedLinears
 from etude.models.wrappers import trunk_of
@@ -58,12 +61,14 @@ class LocalSampler:
     """`protocols.Sampler` over a model in this process.
 
     Args:
-        model: a causal language model; value-head, adapter and accelerate wrappers are looked through,
-            so that it samples from the very weights that are trained.
+        model: a causal language model or an encoder–decoder; value-head, adapter and accelerate wrappers are
+            looked through, so that it samples from the very weights that are trained.
         tokenizer: for stop strings and the text of a turn.
         slots: turns that are decoded at once, and sessions that keep their cache; at most.
         max_length: tokens a session can hold; the model's own limit by default (with LongRoPE the length
-            at which its embeddings switch: beyond it every token costs a forward of the whole session).
+            at which its embeddings switch: beyond it every token costs a forward of the whole session). Of an
+            encoder–decoder without a limit (T5), the tokenizer's, 1,024 at most.
+        max_source_length: the same for what an encoder reads.
         cache_bytes: what keys and values may take, as a number or a text such as "2GiB". By default half of
             the memory that is free now, and always enough for one session.
         keep_cache: sessions keep keys and values that were computed before the weights changed. Faster, and
@@ -96,6 +101,7 @@ class LocalSampler:
         *,
         slots: int = 32,
         max_length: int | None = None,
+        max_source_length: int | None = None,
         cache_bytes: int | str | None = None,
         keep_cache: bool = False,
         prefill_tokens: int = 4096,
@@ -120,13 +126,19 @@ class LocalSampler:
         self.autocast = autocast
         self.keep_cache = keep_cache
         self.deterministic = deterministic
-        config = self.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None) or 1 << 20
-        self.max_length = min(max_length or rotary_switch(self.model) or limit, limit)
+        reads = is_encoder_decoder(self.model)
+        self.decoder_start = decoder_start_ids(self.model) if reads else ()
+        limit, default = _limits_of(self.model, tokenizer)
+        self.max_length = min(max_length or default, limit)
+        self.max_source_length = min(max_source_length or default, limit) if reads else 0
         self.policy_version = 0
         self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
         self._backend = choose_backend(
-            self.model, self.max_length, deterministic=deterministic, cuda_graphs=cuda_graphs
+            self.model,
+            self.max_length,
+            max_source_length=self.max_source_length,
+            deterministic=deterministic,
+            cuda_graphs=cuda_graphs,
         )
         self._linears = _prepacked(self.model, prepack)
         self.limits = self._limits(cache_bytes)
@@ -154,14 +166,14 @@ class LocalSampler:
             line += f", and {format_size(self._linears.nbytes)} of prepacked weights"
         return line
 
-    @property
-    def decoder_start(self) -> tuple[int, ...]:
-        return ()
-
     def session(self, *, seed: int, source_ids: Sequence[int] = ()) -> LocalSession:
-        if source_ids:
-            raise SamplerError("source_ids are for an encoder, which this model hasn't got")
-        return LocalSession(self, seed)
+        if bool(source_ids) != bool(self.decoder_start):
+            raise SamplerError(
+                "an encoder–decoder's session needs source_ids, what its encoder reads"
+                if self.decoder_start
+                else "source_ids are for an encoder, and the model is a decoder alone"
+            )
+        return LocalSession(self, seed, source_ids)
 
     def release(self, session: LocalSession) -> None:
         """Take back the session's slot, if it has one; a turn that is being sampled in it fails."""
@@ -222,6 +234,11 @@ class LocalSampler:
             )
         if params.forced_prefix:
             self._check_forced(max(params.forced_prefix))
+        if len(session.source_ids) > self.max_source_length:
+            raise CacheBudgetError(
+                f"the encoder is to read {len(session.source_ids)} tokens, at most {self.max_source_length} "
+                "are allowed; shorten the prompt, or raise max_source_length up to the model's own limit"
+            )
         session.token_ids.extend(token_ids)
         stop = self._stops[params.stop] if params.stop else None
         future = asyncio.get_running_loop().create_future()
@@ -329,7 +346,8 @@ class LocalSampler:
             if prompt:
                 budget -= len(pending)
             if pending:
-                feeds.append(Feed(session.slot, session.cached, pending, session.family))
+                source = session.source_ids
+                feeds.append(Feed(session.slot, session.cached, pending, session.family, source_ids=source))
                 turns.append(turn)
         # Rows that decode first and by slot: in this order they are one block of the cache as they stand.
         order = sorted(range(len(feeds)), key=lambda i: (len(feeds[i].token_ids) > 1, feeds[i].slot))
@@ -448,6 +466,15 @@ class LocalSampler:
         if not turn.result.done():
             turn.result.set_exception(failure)
         turn.session.close()
+
+
+def _limits_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens that a sequence of the model's can have at most, and where nothing else is asked for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None and is_encoder_decoder(model):
+        return 1 << 20, min(tokenizer.model_max_length, 1024)
+    limit = limit or 1 << 20
+    return limit, rotary_switch(model) or limit
 
 
 def _prepacked(model: nn.Module, wanted: bool | None) -> PrepackedLinears | None:
