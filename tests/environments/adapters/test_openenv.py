@@ -186,7 +186,7 @@ def test_actions_as_json_and_observations_by_a_function(guessing, make_inner):
         render=lambda fields: "go" if "of" in fields["message"] else json.dumps(sorted(fields)),
     )
     [episode] = play(environment, [{"secret": 4}])
-    assert episode.replies == ['[?message?, ?metadata?]'.replace('?', '"')]
+    assert episode.replies == ["[?message?, ?metadata?]".replace("?", '"')]
     assert episode.reward == 0.75
     from etude.environments.adapters.openenv import _json
 

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etude.environments.adapters.calls import ForeignCalls
-from etude.environments.adapters.instance import Instance, InstanceEnvironment
+from etude.environments.adapters.instance import Instance, InstanceEnvironment, extend_prompt
 from etude.environments.text import TextEnvironment
 from etude.errors import EnvironmentSetupError, InstanceError
 from etude.protocols import Sampler
@@ -116,12 +116,12 @@ class _Duck(Instance):
         self.calls = calls
         self.tools = {name: calls.tool(getattr(duck, name), name) for name in public}
 
-    async def open(self, task: Mapping[str, Any], seed: int) -> str | None:
+    async def open(self, task: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
         row = {name: value for name, value in task.items() if name != CHOICE}
         said = await self.calls(self.duck.reset, **row)
         if said is not None and not isinstance(said, str):
             raise InstanceError(f"{type(self.duck).__name__}.reset returned {said!r}; expected text or None")
-        return said
+        return extend_prompt(task, said)
 
     async def finish(self, episode: Episode) -> None:
         if "get_reward" in self.own:

@@ -3,9 +3,8 @@
     made ─► opened, what it says joins the prompt ─► the inner environment plays with its tools, or with it as
     the user ─► its rewards ─► closed
 
-The inner environment is copied for each episode, with that episode's tools, user and ending in place; model,
-prompt, limits, protocol and rewards stay its own. What the foreign object breaks is data: the episode ends
-for `StopReason.INFRASTRUCTURE`, with the reason in its `error`.
+Model, prompt, limits, protocol and rewards are those of the inner environment. What the foreign object breaks
+is data: the episode ends for `StopReason.INFRASTRUCTURE`, with the reason in its `error`.
 
 Not covered: keeping objects for later episodes; noise in their tools' replies (`evaluation`).
 """
@@ -13,13 +12,13 @@ Not covered: keeping objects for later episodes; noise in their tools' replies (
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from etude.environments.adapters.binding import Binder
 from etude.environments.adapters.calls import ForeignCalls
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, EnvironmentSetupError, InstanceError, SamplerError
@@ -28,7 +27,7 @@ from etude.types import Episode, Sampled, SamplingParams, StopReason
 
 logger = logging.getLogger(__name__)
 
-PROMPT_COLUMNS = ("prompt", "query")
+PROMPT_COLUMNS = ("messages", "prompt", "query")
 
 
 class Instance(ABC):
@@ -43,8 +42,8 @@ class Instance(ABC):
     speaks = False
 
     @abstractmethod
-    async def open(self, task: Mapping[str, Any], seed: int) -> str | None:
-        """Begin the episode; what it says is added to the prompt."""
+    async def open(self, task: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
+        """Begin the episode; the task as it is to be played, see `extend_prompt`."""
 
     async def reply(self, episode: Episode) -> str | None:
         """The answer to a turn that called no tool; None ends the episode."""
@@ -95,6 +94,7 @@ class InstanceEnvironment(ABC):
         self.name = name
         self.timeout = timeout
         self.max_instances = max_instances
+        self._binder = Binder(inner, name)
         self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
     @abstractmethod
@@ -109,9 +109,8 @@ class InstanceEnvironment(ABC):
             episode: Episode | None = None
             try:
                 instance = await self.make(task, calls)
-                said = await instance.open(task, seed)
-                bound = self._bound(instance, calls)
-                episode = await bound.play(extend_prompt(task, said), sampler, seed=seed)
+                opened = await instance.open(task, seed)
+                episode = await self._bound(instance, calls).play(opened, sampler, seed=seed)
                 if episode.stop is not StopReason.INFRASTRUCTURE and calls.failure is None:
                     await instance.finish(episode)
             except InstanceError as failure:  # the boundary: what somebody else's code breaks is data
@@ -131,18 +130,6 @@ class InstanceEnvironment(ABC):
         await self.inner.score(episodes)
 
     def _bound(self, instance: Instance, calls: ForeignCalls) -> TextEnvironment:
-        """The inner environment for this episode: a copy that shares everything else."""
-        inner = self.inner
-        if taken := instance.tools.keys() & inner.tools.keys():
-            raise EnvironmentSetupError(
-                f"{self.name} and the inner environment both have a tool {min(taken)!r}; rename one of them"
-            )
-        if instance.speaks and inner.user is not None:
-            raise EnvironmentSetupError(
-                f"{self.name} answers the model's turns, and the inner environment has a user= as well; "
-                "leave that out"
-            )
-
         async def user(episode: Episode) -> str | None:
             try:
                 return await instance.reply(episode)
@@ -151,14 +138,9 @@ class InstanceEnvironment(ABC):
                 return None
 
         def is_done(episode: Episode) -> bool:
-            return calls.failure is not None or instance.is_done(episode) or inner.is_done(episode)
+            return calls.failure is not None or instance.is_done(episode)
 
-        bound = copy.copy(inner)
-        bound.tools = {**inner.tools, **instance.tools}
-        if instance.speaks:
-            bound.user = user
-        vars(bound)["is_done"] = is_done  # an open point, filled in for one object instead of a class
-        return bound
+        return self._binder.bind(instance.tools, user if instance.speaks else None, is_done)
 
     def _gate(self) -> asyncio.Semaphore:
         """Of the running loop: each plain call may have its own."""
@@ -184,7 +166,7 @@ def extend_prompt(task: Mapping[str, Any], said: str | None) -> dict[str, Any]:
     Raises:
         DataError: the prompt is neither text nor messages.
     """
-    column = next((name for name in PROMPT_COLUMNS if name in task), PROMPT_COLUMNS[0])
+    column = next((name for name in PROMPT_COLUMNS if name in task), "prompt")
     prompt = task.get(column, "")
     if said is None and column in task:
         return dict(task)

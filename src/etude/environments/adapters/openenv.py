@@ -21,7 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from etude.environments.adapters.calls import ForeignCalls
-from etude.environments.adapters.instance import PROMPT_COLUMNS, Instance, InstanceEnvironment
+from etude.environments.adapters.instance import (
+    PROMPT_COLUMNS,
+    Instance,
+    InstanceEnvironment,
+    extend_prompt,
+)
 from etude.environments.adapters.stepping import Step, SteppedInstance, StepReward
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, EnvironmentSetupError, ToolError
@@ -161,14 +166,14 @@ class _Toolbox(Instance):
         self.done = False
         self.earned: list[float | None] = []  # in the turn that is being answered
 
-    async def open(self, task: Mapping[str, Any], seed: int) -> str:
+    async def open(self, task: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
         said = await self.session.reset(task, seed)
         listed = await self.session.step(_openenv().core.ListToolsAction())
         if isinstance(listed, str) or "tools" not in fields_of(listed.observation):
             raise EnvironmentSetupError(f"{self.rewards.name} has no tools; leave tools= out")
         found = [fields_of(tool) for tool in fields_of(listed.observation)["tools"]]
         self.tools = {tool["name"]: _ServerTool(tool, self) for tool in found}
-        return said
+        return extend_prompt(task, said)
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         action = _openenv().core.CallToolAction(tool_name=name, arguments=dict(arguments))

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from etude.environments.adapters.instance import Instance
+from etude.environments.adapters.instance import Instance, extend_prompt
 from etude.environments.text import TextEnvironment
 from etude.rewards.levels import positions
 from etude.rewards.scores import check_scores
@@ -101,8 +101,8 @@ class SteppedInstance(Instance):
     async def step(self, action: Any) -> Step:
         """Act."""
 
-    async def open(self, task: Mapping[str, Any], seed: int) -> str:
-        return await self.reset(task, seed)
+    async def open(self, task: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
+        return extend_prompt(task, await self.reset(task, seed))
 
     async def reply(self, episode: Episode) -> str | None:
         self.answered = episode.turns
