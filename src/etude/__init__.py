@@ -44,6 +44,7 @@ _EXPORTS = {
     "LocalSampler": "etude.sampling.local",
     "merge_adapters": "etude.models.merging",
     "Minibatch": "etude.trainers.experience",
+    "MixedEnvironment": "etude.environments.mixed",
     "ModelReward": "etude.rewards.model",
     "ORPOConfig": "etude.trainers.preference_config",
     "ORPOTrainer": "etude.trainers.orpo",
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from etude.data.selection import Selection as Selection
     from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.history import TextHistory as TextHistory
+    from etude.environments.mixed import MixedEnvironment as MixedEnvironment
     from etude.environments.rejection import sample_dataset as sample_dataset
     from etude.environments.text import TextEnvironment as TextEnvironment
     from etude.errors import EtudeError as EtudeError

@@ -1,6 +1,6 @@
 """Numbers about a batch of episodes, worked by hand."""
 
-from etude.trainers.episode_metrics import episode_metrics
+from etude.trainers.episode_metrics import episode_metrics, measures_by_environment
 from etude.types import Episode, NamedReward, StopReason
 
 
@@ -29,3 +29,30 @@ def test_a_reward_counts_with_its_sum_over_the_episodes_to_which_it_applies():
 def test_a_single_reward_is_not_repeated():
     metrics = episode_metrics([scored(NamedReward("steps", 1.0, position=1))], 1.0)
     assert not [name for name in metrics if name.startswith("rewards/")]
+
+
+def test_by_environment_beside_the_overall_ones():
+    def episode(environment, *rewards, stop=StopReason.SUBMITTED):
+        return Episode(task={"environment": environment}, rewards=list(rewards), stop=stop)
+
+    episodes = [
+        episode("sums", NamedReward("exact", 1.0)),
+        episode("words", NamedReward("chrf", 0.25)),
+        episode("words", NamedReward("chrf", 0.75), NamedReward("short", 0.5, 0.5)),
+        episode("words", stop=StopReason.INFRASTRUCTURE),
+    ]
+    metrics = episode_metrics(episodes, {"sums": 1.0, "words": 0.5}, ["sums", "words", "other"])
+    assert metrics["success"] == 2 / 3
+    assert metrics["rewards/chrf"] == 0.5
+    assert metrics["sums/rewards/exact"] == metrics["sums/reward"] == metrics["sums/success"] == 1.0
+    assert metrics["words/reward"] == (0.25 + 1.0) / 2
+    assert metrics["words/rewards/chrf"] == 0.5
+    assert metrics["words/success"] == 0.5
+    assert metrics["words/stop/infrastructure"] == 1 / 3
+    assert not [name for name in metrics if name.startswith("other/")]
+    assert measures_by_environment(metrics, ["sums", "words"]) == {
+        "sums": {"reward": 1.0, "success": 1.0, "rewards/exact": 1.0},
+        "words": {"reward": 0.625, "success": 0.5, "rewards/chrf": 0.5, "rewards/short": 0.5},
+    }
+    alone = episode_metrics(episodes, 0.5)
+    assert alone == {name: metrics[name] for name in alone}

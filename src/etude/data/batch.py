@@ -34,6 +34,7 @@ class Trajectory:
         sampler_logprobs: the sampler's log-probabilities of the sampled tokens [n], if known.
         rewards: what the score was made of, where that is known.
         compared: its score takes part in baselines. By default where a token was sampled.
+        environment: name of the one it was played in, in a mixed run.
     """
 
     token_ids: Tensor
@@ -44,6 +45,7 @@ class Trajectory:
     sampler_logprobs: Tensor | None = None
     rewards: tuple[NamedReward, ...] = ()
     compared: bool | None = None
+    environment: str = ""
 
     def __post_init__(self) -> None:
         if self.compared is None:

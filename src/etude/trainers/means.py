@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 Sums = Mapping[str, tuple[Tensor | float, Tensor | float]]  # name → sum, and how many it is a sum of
@@ -45,3 +47,24 @@ class Means:
 
 def _precise(number: Tensor) -> Tensor:
     return number.float() if number.device.type == "mps" else number.double()
+
+
+def mean_over_processes(
+    metrics: Mapping[str, float], counts: Mapping[str, float], accelerator: Accelerator
+) -> dict[str, float]:
+    """Weighted mean over the processes that have a metric: one that sampled nothing lacks some.
+
+    Args:
+        counts: this process's weight: of what is named after an environment ("calculator/reward") the number
+            of its episodes here, of everything else that of "".
+    """
+    if accelerator.num_processes == 1:
+        return dict(metrics)
+    totals: dict[str, float] = defaultdict(float)
+    weights: dict[str, float] = defaultdict(float)
+    for theirs, shares in gather_object([(dict(metrics), dict(counts))]):
+        for name, value in theirs.items():
+            share = shares.get(name.partition("/")[0], shares[""])
+            totals[name] += value * share
+            weights[name] += share
+    return {name: total / weights[name] for name, total in totals.items()}
