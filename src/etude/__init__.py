@@ -47,6 +47,7 @@ _EXPORTS = {
     "merge_adapters": "etude.models.merging",
     "metric_reward": "etude.rewards.metrics",
     "Minibatch": "etude.trainers.experience",
+    "MixedEnvironment": "etude.environments.mixed",
     "ModelReward": "etude.rewards.model",
     "ORPOConfig": "etude.trainers.preference_config",
     "ORPOTrainer": "etude.trainers.orpo",
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.generation import GenerationEnvironment as GenerationEnvironment
     from etude.environments.history import TextHistory as TextHistory
+    from etude.environments.mixed import MixedEnvironment as MixedEnvironment
     from etude.environments.rejection import sample_dataset as sample_dataset
     from etude.environments.single_turn import SingleTurnEnvironment as SingleTurnEnvironment
     from etude.environments.summarization import SummarizationEnvironment as SummarizationEnvironment

@@ -4,15 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
 
 from etude.runtime.run import RunDirectory
-
-ROOT = Path(__file__).parents[2]
 
 STEP = """
 import sys, torch
@@ -172,14 +170,6 @@ if trainer.is_world_process_zero():
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
-
-
-def launch(processes, *arguments, cwd=ROOT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
-    )
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ class Trajectory:
         rewards: what the score was made of, where that is known; positions are those of `token_ids`.
         compared: its score takes part in baselines. By default where a token was sampled.
         source_ids: what an encoder–decoder's encoder read, [S] int64; None for a decoder.
+        environment: name of the one it was played in, in a mixed run.
     """
 
     token_ids: Tensor
@@ -51,6 +52,7 @@ class Trajectory:
     rewards: tuple[NamedReward, ...] = ()
     compared: bool | None = None
     source_ids: Tensor | None = None
+    environment: str = ""
 
     def __post_init__(self) -> None:
         if self.source_ids is not None and not len(self.source_ids):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.encoding import decode, encode_plain
 from etude.data.messages import Messages
 from etude.data.source_target import encode_source
-from etude.environments.history import TextHistory
+from etude.environments.history import TextHistory, as_responses
 from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
 from etude.environments.tags import Framing, ParsedTurn, Reply, TagProtocol, ToolProtocol
@@ -213,14 +213,7 @@ class TextEnvironment(Lockstep):
             queries [q], responses [r], masks of the responses [r] (1 where the model sampled), rewards
             (scalars) and histories, each a list with one entry per task.
         """
-        episodes = run_sync(self.run_episodes(tasks, **columns))
-        histories = [TextHistory.of(episode, self.current_device) for episode in episodes]
-        for history in histories:
-            history.reward = torch.tensor(history.episode.reward, device=self.current_device)
-        queries, responses, masks = (
-            list(part) for part in zip(*(h.split_query_response_tokens() for h in histories), strict=True)
-        )
-        return queries, responses, masks, [torch.as_tensor(h.reward) for h in histories], histories
+        return as_responses(run_sync(self.run_episodes(tasks, **columns)), self.current_device)
 
     async def run_episodes(self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any) -> list[Episode]:
         """`run`, for callers that want episodes and have an event loop."""

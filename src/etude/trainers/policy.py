@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from etude.environments.text import TextEnvironment
+from etude.environments.traits import check_environment, parts_of, tokenizer_of
 from etude.errors import ConfigError, DataError, ModelError
 from etude.math.counters import mix
 from etude.math.kl import KLKind
@@ -33,11 +33,13 @@ from etude.models.forward import PolicyForward
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_model import ValueModel
 from etude.models.wrappers import trunk_of, unwrapped
+from etude.protocols import Environment
 from etude.runtime.model_card import write_model_card
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import decoder_start, sampling_params
 from etude.trainers.checkpoints import save_models
+from etude.trainers.episode_metrics import SuccessReward
 from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.learner import Learner
 from etude.trainers.online import OnlineTrainer
@@ -86,7 +88,7 @@ class PolicyTrainer(OnlineTrainer):
         num_shared_layers: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: Any = None,
-        environment: TextEnvironment | None = None,
+        environment: Environment | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         test_dataset: Any = None,
@@ -94,11 +96,14 @@ class PolicyTrainer(OnlineTrainer):
         kl_kind: KLKind | str,
         uses_reference: bool = True,
     ) -> None:
-        if tokenizer is None and environment is not None:
-            tokenizer = environment.tokenizer
+        if environment is not None:
+            check_environment(environment)
+            _check_success(config.success_reward, parts_of(environment))
+        if tokenizer is None:
+            tokenizer = tokenizer_of(environment)
         if tokenizer is None:
             raise ConfigError(
-                f"{type(self).__name__} needs the model's tokenizer; pass tokenizer= or environment="
+                f"{type(self).__name__} needs the model's tokenizer; pass it, or an environment that has it"
             )
         self.config = config
         self.model = model
@@ -358,4 +363,12 @@ class PolicyTrainer(OnlineTrainer):
             trainer=type(self).__name__,
             method=self.method,
             config_summary=changed_settings(self.config),
+        )
+
+
+def _check_success(success_reward: SuccessReward, environments: Mapping[str, Environment]) -> None:
+    if isinstance(success_reward, Mapping) and set(success_reward) != set(environments):
+        named = " and ".join(map(repr, environments)) or "none: the environment isn't mixed"
+        raise ConfigError(
+            f"success_reward is of {', '.join(success_reward)}; expected a number, or one for each of {named}"
         )
