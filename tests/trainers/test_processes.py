@@ -289,9 +289,22 @@ def steps_of(directory):
     return [row["step"] for row in RunDirectory(directory / "run").read_metrics() if "reward" in row]
 
 
+WORLD = """
+from etude import TextEnvironment
+
+class World(TextEnvironment):
+    def metrics(self, episodes):
+        return {"squares": sum(len(episode.task["prompt"]) for episode in episodes) ** 2}
+"""
+
+
 def test_the_command_line_in_two_processes(model_directory, options):
-    done = launch(2, "-m", "etude", "ppo", *options, cwd=model_directory)
+    (model_directory / "world.py").write_text(WORLD)
+    done = launch(2, "-m", "etude", "ppo", *options, "--environment=world.py:World", cwd=model_directory)
     assert done.returncode == 0, done.stderr[:3000]
+    rows = RunDirectory(model_directory / "run").read_metrics()
+    squares = [row["validation/squares"] for row in rows if "validation/squares" in row]
+    assert squares == [(8 + 8) ** 2] * 3, "of both processes' episodes together"
     assert len(re.findall("report:", done.stdout)) == 1, "only the main process speaks"
     assert steps_of(model_directory) == [1, 2], "16 episodes, 2 × 4 at a time"
 

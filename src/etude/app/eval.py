@@ -146,7 +146,7 @@ def _evaluate(
 
     with display:
         evaluation = evaluate(
-            code.environment(model, tokenizer, sampler=sampler),
+            code.environment(model, tokenizer, sampler=sampler, seed=config.seed),
             rows,
             **noises,
             samples=config.samples,

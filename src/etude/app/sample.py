@@ -95,4 +95,5 @@ def _environment(
         max_length=code.settings.max_length,
         cache_bytes=arguments.cache_bytes,
     )
-    return code.environment(model, tokenizer, sampler=sampler, slots=arguments.slots), sampler
+    options = {"sampler": sampler, "slots": arguments.slots, "seed": arguments.seed}
+    return code.environment(model, tokenizer, **options), sampler

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ class Lockstep(ABC):
     def next_seed(self) -> int: ...
 
     @abstractmethod
+    def _turn_tokens(self, seed: int) -> int: ...
+
+    @abstractmethod
     async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None: ...
 
     def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
@@ -46,7 +50,8 @@ class Lockstep(ABC):
 
         async def turn(history: TextHistory, seed: int) -> None:
             session = self.sampler.session(seed=seed)
-            sampled = await session.sample(history.episode.token_ids, self.params)
+            params = replace(self.params, max_new_tokens=self._turn_tokens(seed))
+            sampled = await session.sample(history.episode.token_ids, params)
             session.close()
             for segment in sampled.segments():
                 history.episode.append(segment)

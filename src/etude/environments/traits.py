@@ -7,22 +7,25 @@
     params              `SamplingParams` of a turn: training has to learn at the temperature it samples at
     environments        of a mixed one, by name; with their `weights`
     tools               by name, for noise in what they reply
-    build_prompt(task)  the text an episode begins with, to recognise a task by
+    metrics(episodes)   numbers about all episodes of an evaluation together, by name
+    prompt_text(task)   the text an episode begins with (or `build_prompt`), to recognise a task by
     sampler             what plays, where nobody brings a sampler; `slots` says how many episodes at once
     next_seed()         seeds of the episodes, where nobody brings them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError
 from etude.math.counters import mix
 from etude.protocols import Environment, Sampler
+from etude.types import Episode
 
 
 def check_environment(environment: Any) -> Environment:
@@ -83,10 +86,28 @@ def tools_of(environment: Environment) -> dict[str, Any]:
     return found
 
 
+def metrics_of(environment: Environment) -> Callable[[Sequence[Episode]], dict[str, float]] | None:
+    """What says something about all episodes together; None where nothing does."""
+    if all(getattr(each, "metrics", None) is None or _says_nothing(each) for each in _all_of(environment)):
+        return None
+    metrics: Callable[[Sequence[Episode]], dict[str, float]] = environment.metrics  # type: ignore[attr-defined]
+    return metrics
+
+
+def _all_of(environment: Environment) -> list[Environment]:
+    return list(parts_of(environment).values()) or [environment]
+
+
+def _says_nothing(environment: Environment) -> bool:
+    return getattr(type(environment), "metrics", None) is TextEnvironment.metrics
+
+
 def prompt_of(environment: Environment, task: Mapping[str, Any]) -> str | None:
     """What an episode of this task begins with; None where that isn't known before it is played."""
-    building = getattr(environment, "build_prompt", None)
-    return None if building is None else building(task)
+    for name in ("prompt_text", "build_prompt"):
+        if writing := getattr(environment, name, None):
+            return writing(task)
+    return None
 
 
 def sampler_of(environment: Environment, given: Sampler | None = None) -> Sampler:

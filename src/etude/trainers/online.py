@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.batch import Trajectory
+from etude.environments.mixed import by_environment
 from etude.environments.orchestrator import play_episodes
 from etude.environments.traits import max_length_of, parts_of
 from etude.errors import ConfigError, DataError
@@ -35,7 +36,12 @@ from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
 from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
-from etude.trainers.episode_metrics import Mean, by_environment, episode_metrics, measures_by_environment
+from etude.trainers.episode_metrics import (
+    Mean,
+    episode_metrics,
+    measures_by_environment,
+    measures_of_all,
+)
 from etude.trainers.interrupt import interrupt_after
 from etude.trainers.means import mean_over_processes
 from etude.trainers.online_config import OnlineConfig
@@ -196,7 +202,7 @@ class OnlineTrainer(ABC):
         seeds = [mix(self.config.seed, _EVALUATION, i) for i in indices]
         episodes = self.play([rows[i] for i in indices], seeds)
         metrics = episode_metrics(episodes, self.config.success_reward, self._parts)
-        return self._average(metrics), episodes
+        return {**measures_of_all(self._environment, episodes), **self._average(metrics)}, episodes
 
     def _measure(self, split: Split, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
         """Success on held-out tasks, on which nothing is selected."""
