@@ -99,7 +99,7 @@ def test_a_mixed_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_groups_of_several_environments_with_one_file_of_tasks(workplace: Path) -> None:
     rows = [{"environment": "sums", "prompt": "1+1=", "answer": 2}, {"environment": "words", "source": "two"}]
     Path("tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = {"environment": "generation", "environment_kwargs": {"column": "source"}}
+    words: dict[str, Any] = {"environment": "generation", "environment_kwargs": {"column": "source"}}
     environments = {
         "sums": {"reward": "rewards.py:digits"},
         "words": {**words, "reward": "rewards.py:vowels"},
