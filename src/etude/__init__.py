@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "AutoModelForSeq2SeqLMWithValueHead": "etude.models.value_head",
     "average_models": "etude.models.averaging",
     "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
@@ -115,6 +116,9 @@ if TYPE_CHECKING:
     from etude.models.merging import merge_adapters as merge_adapters
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
+    from etude.models.value_head import (
+        AutoModelForSeq2SeqLMWithValueHead as AutoModelForSeq2SeqLMWithValueHead,
+    )
     from etude.models.value_model import ValueModel as ValueModel
     from etude.rewards.adapter import AdapterReward as AdapterReward
     from etude.rewards.classifier import ClassifierReward as ClassifierReward

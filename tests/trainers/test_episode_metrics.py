@@ -1,7 +1,12 @@
 """Numbers about a batch of episodes, worked by hand."""
 
 from etude.environments.text import TextEnvironment
-from etude.trainers.episode_metrics import Mean, episode_metrics, measures_by_environment, measures_of_all
+from etude.trainers.episode_metrics import (
+    Mean,
+    environment_metrics,
+    episode_metrics,
+    measures_by_environment,
+)
 from etude.types import Episode, NamedReward, StopReason
 
 
@@ -40,6 +45,19 @@ def test_a_single_reward_is_not_repeated():
     assert not [name for name in metrics if name.startswith("rewards/")]
 
 
+class Squares(TextEnvironment):
+    def metrics(self, episodes):
+        return {"squares": sum(each.reward**2 for each in episodes)}
+
+
+def test_what_an_environment_says_of_all_episodes(tokenizer):
+    episodes = [scored(NamedReward("exact", value)) for value in (1.0, 3.0)]
+    lost = scored(NamedReward("exact", 9.0), stop=StopReason.INFRASTRUCTURE)
+    assert environment_metrics(Squares(None, tokenizer), [*episodes, lost]) == {"squares": 10}
+    assert environment_metrics(Squares(None, tokenizer), [lost]) == {}
+    assert environment_metrics(TextEnvironment(None, tokenizer), episodes) == {}
+
+
 def test_by_environment_beside_the_overall_ones():
     def episode(environment, *rewards, stop=StopReason.SUBMITTED):
         return Episode(task={"environment": environment}, rewards=list(rewards), stop=stop)
@@ -65,16 +83,3 @@ def test_by_environment_beside_the_overall_ones():
     }
     alone = values(episodes, 0.5)
     assert alone == {name: metrics[name] for name in alone}
-
-
-class Squares(TextEnvironment):
-    def metrics(self, episodes):
-        return {"squares": sum(each.reward**2 for each in episodes)}
-
-
-def test_what_an_environment_says_of_all_episodes(tokenizer):
-    episodes = [scored(NamedReward("exact", value)) for value in (1.0, 3.0)]
-    lost = scored(NamedReward("exact", 9.0), stop=StopReason.INFRASTRUCTURE)
-    assert measures_of_all(Squares(None, tokenizer), [*episodes, lost]) == {"squares": 10}
-    assert measures_of_all(Squares(None, tokenizer), [lost]) == {}
-    assert measures_of_all(TextEnvironment(None, tokenizer), episodes) == {}

@@ -28,7 +28,6 @@ from etude.environments.traits import (
     Seeds,
     check_environment,
     max_length_of,
-    metrics_of,
     parts_of,
     prompt_of,
     tokenizer_of,
@@ -126,15 +125,6 @@ class MixedEnvironment:
         """Let each environment score its own episodes."""
         own = by_environment(episodes, self.environments)
         await gather_all([self.environments[name].score(those) for name, those in own.items()])
-
-    def metrics(self, episodes: Sequence[Episode]) -> dict[str, float]:
-        """What each environment says about all its episodes together, under its name."""
-        found: dict[str, float] = {}
-        for name, own in by_environment(episodes, self.environments).items():
-            metrics = metrics_of(self.environments[name])
-            numbers = {} if metrics is None else metrics(own)
-            found |= {f"{name}/{key}": number for key, number in numbers.items()}
-        return found
 
     def prompt_text(self, task: Mapping[str, Any]) -> str | None:
         """What the task's environment begins with; None where that isn't known before it plays."""

@@ -14,15 +14,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.encoding import beginning
+from etude.data.encoding import beginning, encode_prompt
+from etude.data.messages import Messages
 from etude.data.templates import prompt_segment
-from etude.environments.tags import ParsedTurn
+from etude.environments.tags import ParsedTurn, TagFraming
 from etude.environments.text import TextEnvironment
-from etude.errors import EnvironmentSetupError
+from etude.errors import DataError, EnvironmentSetupError
 from etude.math.counters import word_of
 from etude.protocols import Reward, Sampler
 from etude.sampling.lengths import LengthRange, Lengths
-from etude.types import Episode
+from etude.types import Episode, Segment
 
 _PROMPTS = word_of("prompt_tokens")  # name of a random stream
 
@@ -31,12 +32,17 @@ class PlainText:
     """No protocol: whatever a model writes is its answer."""
 
     stop: tuple[str, ...] = ()
+    end_ids: tuple[int, ...] = ()
 
     def parse(self, text: str) -> ParsedTurn:
         return ParsedTurn()
 
-    def frame(self) -> tuple[str, str]:
-        return "", ""
+    def begin(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> TagFraming:
+        if not isinstance(prompt, str):
+            raise DataError("the prompt is messages, and this environment's prompts are texts; see chat=")
+        return TagFraming(
+            Segment("prompt", prompt, encode_prompt(tokenizer, prompt)), Segment("environment", "", [])
+        )
 
 
 class SingleTurnEnvironment(TextEnvironment):

@@ -1,9 +1,10 @@
 """The text environment: a model and its tools, over several turns, on one task.
 
     prompt ─► model turn ─► calls a tool? ─► tool's answer ─► model turn ─► … ─► submitted, or a limit
+                                 └► no, but there is a user ─► its reply ─► model turn ─► …
 
 `TextEnvironment` is concrete. It is subclassed through `build_prompt`, `is_done`, `score` and `metrics`;
-everything else is composed: tools, rewards, protocol and sampler are arguments.
+everything else is composed: tools, rewards, protocol, user and sampler are arguments.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.encoding import decode, encode_control, encode_plain, encode_prompt
+from etude.data.encoding import decode, encode_plain
+from etude.data.messages import Messages
 from etude.data.source_target import encode_source
 from etude.environments.history import TextHistory, as_responses
 from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
-from etude.environments.tags import ParsedTurn, TagProtocol, ToolProtocol
+from etude.environments.tags import Framing, ParsedTurn, Reply, TagProtocol, ToolProtocol
+from etude.environments.user import User, as_user, ask, leave
 from etude.errors import DataError, EnvironmentSetupError, SamplerError
 from etude.math.counters import mix, word_of
 from etude.protocols import Reward, Sampler, Session, Tool
@@ -81,6 +84,10 @@ class TextEnvironment(Lockstep):
         tool_timeout: seconds a tool may take.
         max_seconds: wall time of an episode, after which it is interrupted; None for no limit.
         protocol: how calls are written; TRL's tags by default.
+        user: who answers a turn that calls no tool: `f(episode) -> text`, sync or async, or None to end the
+            episode; a list of replies, or the name of the tasks' column that has them. By default nobody
+            does, and such a turn ends the episode. If it has a method `close(episode)`, that is called when
+            the episode is over.
         sampler: a sampler to use instead of a local one over `model`.
         length_sampler: a `LengthSampler` or a pair (low, high): each episode draws its `max_new_tokens` from
             that range, `high` excluded, by its own random stream; in place of a fixed one in
@@ -109,6 +116,7 @@ class TextEnvironment(Lockstep):
         tool_timeout: float = 10.0,
         max_seconds: float | None = None,
         protocol: ToolProtocol | None = None,
+        user: User | Sequence[str] | str | None = None,
         sampler: Sampler | None = None,
         length_sampler: Lengths | None = None,
         slots: int = 32,
@@ -137,9 +145,14 @@ class TextEnvironment(Lockstep):
         self.max_length = max_length
         self.max_seconds = max_seconds
         self.protocol = protocol or TagProtocol()
+        self.user = as_user(user)
         self.tool_limits = ToolLimits(timeout=tool_timeout, max_characters=self.max_tool_response)
         self.generation_kwargs = dict(generation_kwargs or {})
-        self.params = sampling_params(self.generation_kwargs, tokenizer, stop=self.protocol.stop)
+        self.params = sampling_params(
+            {"eos_token_id": _ends(tokenizer, self.protocol), **self.generation_kwargs},
+            tokenizer,
+            stop=self.protocol.stop,
+        )
         self.lengths = self._checked(length_sampler)
         self.slots = slots
         self.cache_bytes = cache_bytes
@@ -159,13 +172,14 @@ class TextEnvironment(Lockstep):
 
     # The four open points.
 
-    def build_prompt(self, task: Mapping[str, Any]) -> str:
-        """The text an episode starts with."""
+    def build_prompt(self, task: Mapping[str, Any]) -> str | Messages:
+        """The text an episode starts with; or messages, where the protocol is a chat template."""
         for column in ("prompt", "query"):
             if isinstance(task.get(column), str):
                 return self.prompt + task[column]
         raise DataError(
-            f"a task needs a text column 'prompt' (or 'query'); this one has {', '.join(task) or 'none'}"
+            f"a task needs a text column 'prompt' (or 'query'); this one has {', '.join(task) or 'none'}. "
+            "Messages are for a ChatEnvironment"
         )
 
     def is_done(self, episode: Episode) -> bool:
@@ -179,6 +193,10 @@ class TextEnvironment(Lockstep):
     def metrics(self, episodes: Sequence[Episode]) -> dict[str, float]:
         """What an evaluation says about all its episodes together, beside the means of their rewards."""
         return {}
+
+    def prompt_text(self, task: Mapping[str, Any]) -> str:
+        """What the episodes of a task begin with, as text."""
+        return self.protocol.begin(self.tokenizer, self.build_prompt(task)).prompt.text
 
     # Playing.
 
@@ -212,35 +230,43 @@ class TextEnvironment(Lockstep):
         """Play one episode. What the model gets wrong is data; so is a failure on our side."""
         episode = Episode(task=task, seed=seed)
         started = time.monotonic()
-        session = self._begin(episode, sampler)
+        framing = self.protocol.begin(self.tokenizer, self.build_prompt(task))
+        session = self._begin(episode, sampler, framing.prompt)
         limit = min(self.max_length or sampler.max_length, sampler.max_length)
         try:
             async with asyncio.timeout(self.max_seconds):
                 while episode.stop is None:
-                    await self._turn(episode, session, limit)
+                    await self._turn(episode, session, framing, limit)
         except TimeoutError:
             episode.stop = StopReason.WALL_CLOCK
         except SamplerError as error:
             episode.stop, episode.error = StopReason.INFRASTRUCTURE, str(error)
         finally:
             session.close()
+            leave(self.user, episode)
             episode.timings["total"] = time.monotonic() - started
         return episode
 
-    def _begin(self, episode: Episode, sampler: Sampler) -> Session:
+    def _begin(self, episode: Episode, sampler: Sampler, prompt: Segment) -> Session:
         """Append the prompt; an encoder reads it, or it is the beginning of what the model goes on from."""
-        prompt = self.build_prompt(episode.task)
         start = decoder_start(self.generation_kwargs, sampler.decoder_start)
         if not start:
-            episode.append(Segment("prompt", prompt, encode_prompt(self.tokenizer, prompt)))
+            episode.append(prompt)
             return sampler.session(seed=episode.seed)
-        source_ids = encode_source(self.tokenizer, prompt)
-        episode.append(Segment("prompt", prompt, source_ids, encoder=True))
+        if self.protocol.end_ids:
+            raise EnvironmentSetupError(
+                "the model is an encoder–decoder, whose decoder doesn't go on from its prompt; a chat "
+                "template needs a decoder that does"
+            )
+        source_ids = encode_source(self.tokenizer, prompt.text)
+        episode.append(Segment("prompt", prompt.text, source_ids, encoder=True))
         episode.append(Segment("environment", "", list(start)))
+        if len(source_ids) > sampler.max_source_length:  # as where nothing could follow a decoder's prompt
+            episode.stop = StopReason.MAX_TOKENS
         return sampler.session(seed=episode.seed, source_ids=source_ids)
 
-    async def _turn(self, episode: Episode, session: Session, limit: int) -> None:
-        """One model turn and, if it calls one, its tool's answer."""
+    async def _turn(self, episode: Episode, session: Session, framing: Framing, limit: int) -> None:
+        """One model turn, and what a tool or the user answers."""
         room = limit - episode.context_length
         if room <= len(self.params.forced_prefix):  # nothing could be sampled
             episode.stop = StopReason.MAX_TOKENS
@@ -253,10 +279,20 @@ class TextEnvironment(Lockstep):
             episode.append(segment)
         parsed = self.protocol.parse(sampled.text)
         episode.stop = self._stop_after_model(episode, sampled, parsed, limit)
-        if episode.stop is None:
-            started = time.monotonic()
-            await self._answer(episode, parsed, limit)
+        if episode.stop is not None:
+            return
+        started = time.monotonic()
+        if parsed.calls:
+            replies = await self._answer(episode, parsed)
             _count(episode, "tools", started)
+        else:
+            replies = await self._listen(episode)
+            _count(episode, "user", started)
+        if replies:
+            ended_by = sampled.token_ids[-1] if sampled.finish == "eos" else None
+            self._append(episode, framing.frame(replies, ended_by), limit)
+        else:  # the user has nothing to add
+            episode.stop = _last_word(sampled)
 
     def _turn_tokens(self, seed: int) -> int:
         """`max_new_tokens` of an episode's turns."""
@@ -282,38 +318,51 @@ class TextEnvironment(Lockstep):
     ) -> StopReason | None:
         if parsed.submitted:
             return StopReason.SUBMITTED
-        if sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids:
+        ended = sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids
+        # In a chat, an end of sequence ends the turn that calls a tool; tags end such a turn themselves.
+        if ended and (self.user is None if not parsed.calls else sampled.finish != "eos"):
             return StopReason.END_OF_SEQUENCE
         if sampled.finish == "length":
             return StopReason.MAX_TOKENS if episode.context_length >= limit else StopReason.TURN_TOKENS
         if self.is_done(episode):
             return StopReason.DONE
-        if not parsed.calls:
+        if not parsed.calls and self.user is None:
             return StopReason.NO_TOOL_CALL
         if episode.turns >= self.max_turns:
             return StopReason.MAX_TURNS
-        if self.max_tool_calls is not None and len(episode.tool_calls) >= self.max_tool_calls:
+        calls, most = len(episode.tool_calls) + len(parsed.calls), self.max_tool_calls
+        if parsed.calls and most is not None and calls > most:
             return StopReason.MAX_TOOL_CALLS
         return None
 
-    async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None:
-        """Run the tool that a turn calls and append what it answers."""
-        arguments = parsed.query if parsed.tool is not None else episode.last_model_text
-        call = await call_tool(self.tools, parsed.tool, arguments, self.tool_limits, episode.turns - 1)
-        episode.tool_calls.append(call)
-        encoded = encode_plain(self.tokenizer, call.response)
-        response_ids, response = encoded.ids, encoded.text
-        cap = self.max_tool_response_tokens
-        if cap is not None and len(response_ids) > cap:
-            response_ids = response_ids[:cap]
-            response = decode(self.tokenizer, response_ids)
-            call.truncated = True
-        before, after = self.protocol.frame()
-        answer = [
-            Segment("environment", before, encode_control(self.tokenizer, before)),
-            Segment("tool", response, response_ids),
-            Segment("environment", after, encode_control(self.tokenizer, after)),
-        ]
+    async def _answer(self, episode: Episode, parsed: ParsedTurn) -> list[Reply]:
+        """Run the tools that a turn calls, one after the other: they may share what they work on."""
+        replies, turn = [], episode.turns - 1
+        for asked in parsed.calls:
+            call = await call_tool(self.tools, asked.tool, asked.arguments, self.tool_limits, turn)
+            episode.tool_calls.append(call)
+            encoded = encode_plain(self.tokenizer, call.response)
+            response_ids, response = encoded.ids, encoded.text
+            cap = self.max_tool_response_tokens
+            if cap is not None and len(response_ids) > cap:
+                response_ids = response_ids[:cap]
+                response = decode(self.tokenizer, response_ids)
+                call.truncated = True
+            replies.append(Reply(response, response_ids, asked))
+        return replies
+
+    async def _listen(self, episode: Episode) -> list[Reply]:
+        """Ask the user; nothing comes back if it says no more."""
+        assert self.user is not None, "without a user, a turn that calls no tool ends the episode"
+        reply = await ask(self.user, episode)
+        if reply is None:
+            return []
+        episode.replies.append(reply)
+        encoded = encode_plain(self.tokenizer, reply)
+        return [Reply(encoded.text, encoded.ids)]
+
+    def _append(self, episode: Episode, answer: Sequence[Segment], limit: int) -> None:
+        """Append what came back, if it fits."""
         if episode.context_length + sum(len(segment.token_ids) for segment in answer) >= limit:
             episode.stop = StopReason.MAX_TOKENS
             return
@@ -342,6 +391,16 @@ class TextEnvironment(Lockstep):
     def current_device(self) -> torch.device:
         """Where the token tensors that `run` returns live."""
         return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, protocol: ToolProtocol) -> list[int]:
+    """The tokens that end a turn where the caller doesn't say."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*eos, *protocol.end_ids]))
+
+
+def _last_word(sampled: Sampled) -> StopReason:
+    return StopReason.END_OF_SEQUENCE if sampled.finish == "eos" else StopReason.NO_TOOL_CALL
 
 
 def _count(episode: Episode, name: str, started: float) -> None:

@@ -7,8 +7,8 @@
     params              `SamplingParams` of a turn: training has to learn at the temperature it samples at
     environments        of a mixed one, by name; with their `weights`
     tools               by name, for noise in what they reply
-    metrics(episodes)   numbers about all episodes of an evaluation together, by name
-    prompt_text(task)   the text an episode begins with (or `build_prompt`), to recognise a task by
+    prompt_text(task)   the text an episode begins with, to recognise a task by
+    metrics(episodes)   what an evaluation says about all its episodes together
     sampler             what plays, where nobody brings a sampler; `slots` says how many episodes at once
     next_seed()         seeds of the episodes, where nobody brings them
 """
@@ -86,28 +86,28 @@ def tools_of(environment: Environment) -> dict[str, Any]:
     return found
 
 
-def metrics_of(environment: Environment) -> Callable[[Sequence[Episode]], dict[str, float]] | None:
-    """What says something about all episodes together; None where nothing does."""
-    if all(getattr(each, "metrics", None) is None or _says_nothing(each) for each in _all_of(environment)):
-        return None
-    metrics: Callable[[Sequence[Episode]], dict[str, float]] = environment.metrics  # type: ignore[attr-defined]
-    return metrics
-
-
-def _all_of(environment: Environment) -> list[Environment]:
-    return list(parts_of(environment).values()) or [environment]
-
-
-def _says_nothing(environment: Environment) -> bool:
-    return getattr(type(environment), "metrics", None) is TextEnvironment.metrics
-
-
 def prompt_of(environment: Environment, task: Mapping[str, Any]) -> str | None:
     """What an episode of this task begins with; None where that isn't known before it is played."""
-    for name in ("prompt_text", "build_prompt"):
-        if writing := getattr(environment, name, None):
-            return writing(task)
-    return None
+    writing = getattr(environment, "prompt_text", None)
+    return None if writing is None else writing(task)
+
+
+def metrics_of(environment: Environment) -> Callable[[Sequence[Episode]], dict[str, float]] | None:
+    """What says something about an evaluation's episodes together; of a mixed one under each one's name."""
+    if parts := parts_of(environment):
+        saying = {name: measure for name, part in parts.items() if (measure := metrics_of(part)) is not None}
+
+        def measure_each(episodes: Sequence[Episode]) -> dict[str, float]:
+            found: dict[str, float] = {}
+            for name, measure in saying.items():
+                own = [episode for episode in episodes if episode.environment == name]
+                found |= {f"{name}/{key}": value for key, value in (measure(own) if own else {}).items()}
+            return found
+
+        return measure_each if saying else None
+    if isinstance(environment, TextEnvironment) and type(environment).metrics is TextEnvironment.metrics:
+        return None
+    return getattr(environment, "metrics", None)
 
 
 def sampler_of(environment: Environment, given: Sampler | None = None) -> Sampler:

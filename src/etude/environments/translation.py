@@ -3,7 +3,7 @@
     env = TranslationEnvironment(model, tokenizer, source="en", target="de",
                                  source_language="English", target_language="German")
 
-Not covered: several target languages in one run of mBART or NLLB, whose decoder begins with one for all tasks.
+Not covered: several target languages in one run of mBART or NLLB, whose decoder begins with one for all.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ class FunctionReward:
     """A function `f(prompts, completions, **columns) -> list of scores` as a `Reward`.
 
     Arguments are passed by name, and only those that the function declares, unless it takes `**kwargs`:
-    `prompts` and `completions` (lists of str, one per episode; completions are the model's own text), the
+    `prompts` and `completions` (lists of str, one per episode; completions are the model's own text; where an
+    episode's prompt is messages, both are lists of messages, the completion's one per turn of the model), the
     columns of the episodes' tasks (lists, None where a task lacks the column), and `episodes`, the
     `Episode` objects, where it is declared. At the level "turn" also `turns`, for each episode the texts of
     the model's turns; at "token" `token_ids`, for each the tokens that were sampled. These names hide columns
@@ -69,8 +70,8 @@ class FunctionReward:
         available: dict[str, Any] = {
             **found,
             **_elsewhere(self.columns, found, episodes),
-            "prompts": [episode.prompt for episode in episodes],
-            "completions": [episode.completion for episode in episodes],
+            "prompts": [prompt_of(episode) for episode in episodes],
+            "completions": [completion_of(episode) for episode in episodes],
         }
         if self.level == "turn":
             available["turns"] = [["".join(s.text for s in turn) for turn in e.model_turns] for e in episodes]
@@ -164,6 +165,34 @@ def name_of(function: Callable[..., Any]) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def conversation_of(episode: Episode) -> list[dict[str, Any]] | None:
+    """The messages that a task is; None where it is a text."""
+    given = episode.task.get("messages", episode.task.get("prompt"))
+    return list(given) if isinstance(given, list | tuple) else None
+
+
+def prompt_of(episode: Episode) -> str | list[dict[str, Any]]:
+    conversation = conversation_of(episode)
+    return episode.prompt if conversation is None else conversation
+
+
+def completion_of(episode: Episode) -> str | list[dict[str, Any]]:
+    """What the model wrote, and nothing else: as text or, after messages, as one message per turn."""
+    if conversation_of(episode) is None:
+        return episode.completion
+    messages: list[dict[str, Any]] = []
+    for index, turn in enumerate(episode.model_turns):
+        messages.append({"role": "assistant", "content": "".join(segment.text for segment in turn)})
+        functions = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in episode.tool_calls
+            if call.turn == index and call.name is not None
+        ]
+        if functions:
+            messages[-1]["tool_calls"] = functions
+    return messages
 
 
 def task_columns(episodes: Sequence[Episode]) -> dict[str, list[Any]]:

@@ -1,7 +1,4 @@
-"""Numbers about a batch of episodes, for curves, and about an evaluation's episodes together.
-
-In a mixed run by environment, too.
-"""
+"""Numbers about a batch of episodes, for curves; in a mixed run by environment, too."""
 
 from __future__ import annotations
 
@@ -31,6 +28,7 @@ def episode_metrics(
     """Means over the episodes that weren't lost to our own failures.
 
     `success` is the share whose reward reaches `success_reward`; `tool_use` the share that called a tool;
+    `user_replies` how often a user was heard, where one was;
     `stop/<reason>` the share that ended for it, `rewards/<name>` each reward where there are several: the sum
     of its values in an episode, without its weight, over the episodes to which it applies.
 
@@ -65,7 +63,7 @@ def measures_by_environment(
     }
 
 
-def measures_of_all(environment: Environment, episodes: Sequence[Episode]) -> dict[str, float]:
+def environment_metrics(environment: Environment, episodes: Sequence[Episode]) -> dict[str, float]:
     """What an environment says about the episodes of all processes together: a corpus's score is no mean."""
     metrics = metrics_of(environment)
     if metrics is None:
@@ -91,6 +89,8 @@ def _means(
         "turns": _mean([episode.turns for episode in played]),
         "sampled_tokens": _mean([sum(episode.sampled) for episode in played]),
     }
+    if any(episode.replies for episode in played):
+        means["user_replies"] = _mean([len(episode.replies) for episode in played])
     totals = [total for episode in played for total in episode.reward_totals.values()]
     names = dict.fromkeys(total.name for total in totals)
     for name in names if len(names) >= fewest_rewards else ():

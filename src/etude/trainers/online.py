@@ -38,9 +38,9 @@ from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
 from etude.trainers.episode_metrics import (
     Mean,
+    environment_metrics,
     episode_metrics,
     measures_by_environment,
-    measures_of_all,
 )
 from etude.trainers.interrupt import interrupt_after
 from etude.trainers.means import mean_over_processes
@@ -202,7 +202,7 @@ class OnlineTrainer(ABC):
         seeds = [mix(self.config.seed, _EVALUATION, i) for i in indices]
         episodes = self.play([rows[i] for i in indices], seeds)
         metrics = episode_metrics(episodes, self.config.success_reward, self._parts)
-        return {**measures_of_all(self._environment, episodes), **self._average(metrics)}, episodes
+        return {**environment_metrics(self._environment, episodes), **self._average(metrics)}, episodes
 
     def _measure(self, split: Split, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
         """Success on held-out tasks, on which nothing is selected."""
