@@ -189,6 +189,7 @@ class Episode:
         rewards: each named, terminal or at a token.
         stop: why it ended; None while it is being played.
         tool_calls: in order.
+        replies: what a user said to the model's turns, in order.
         seed: of the counter-based stream that its tokens were drawn from.
         timings: seconds by name ("sample", "tools", "total").
         error: what our side broke, for `StopReason.INFRASTRUCTURE`.
@@ -199,6 +200,7 @@ class Episode:
     rewards: list[NamedReward] = field(default_factory=list)
     stop: StopReason | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)
+    replies: list[str] = field(default_factory=list)
     seed: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     error: str | None = None
@@ -247,6 +249,12 @@ class Episode:
     def target(self) -> list[bool]:
         """One flag per token: the data says to imitate it. For supervised losses."""
         return [s.target for s in self.segments for _ in s.token_ids]
+
+    @property
+    def environment(self) -> str:
+        """Name of the environment that it was played in, where a run has several; else empty."""
+        name = self.task.get("environment")
+        return name if isinstance(name, str) else ""
 
     @property
     def text(self) -> str:
@@ -317,6 +325,7 @@ class Episode:
             rewards=[NamedReward(**reward) for reward in data["rewards"]],
             stop=None if data["stop"] is None else StopReason(data["stop"]),
             tool_calls=[ToolCall(**call) for call in data["tool_calls"]],
+            replies=list(data.get("replies", ())),  # runs from before there were users have none
             seed=data["seed"],
             timings=dict(data["timings"]),
             error=data["error"],

@@ -6,8 +6,8 @@ from typing import Any
 
 from etude.app.arguments import ActorCriticArguments, EnvironmentArguments, RunArguments, TaskArguments
 from etude.app.play import train_by_playing
-from etude.models.loading import load_causal_lm
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.loading import load_language_model
+from etude.models.value_head import load_with_value_head
 from etude.models.value_model import ValueModel
 from etude.trainers.ppo import PPOTrainer
 from etude.trainers.ppo_config import PPOConfig
@@ -25,8 +25,8 @@ def run(
 
     def load(name: str, **options: Any) -> Any:
         if place is not None:
-            return load_causal_lm(name, **options)
-        return AutoModelForCausalLMWithValueHead.from_pretrained(name, **options)
+            return load_language_model(name, **options)
+        return load_with_value_head(name, **options)
 
     def trainer(**parts: Any) -> PPOTrainer:
         if place is not None:

@@ -37,6 +37,25 @@ def marked_messages(messages: Messages, control: re.Pattern[str]) -> tuple[list[
     return marked, marks
 
 
+def task_messages(task: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The conversation that a task is: its `messages`, or its `prompt` (or `query`), as messages or as text.
+
+    Raises:
+        DataError: it has none of these.
+    """
+    for column in ("messages", "prompt", "query"):
+        given = task.get(column)
+        if isinstance(given, str):
+            return [{"role": "user", "content": given}]
+        if isinstance(given, list | tuple) and given:
+            _check(given)
+            return [_plain(message) for message in given]
+    raise DataError(
+        "a task of a chat needs a column 'messages', or 'prompt' as messages or text; this one has "
+        f"{', '.join(task) or 'none'}"
+    )
+
+
 def with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """The message with the arguments of its calls as JSON."""
     if "tool_calls" not in message:

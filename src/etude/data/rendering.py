@@ -131,7 +131,7 @@ class Rendering:
         asked, text = self.text(position, True), self.text(position + 1)
         if not text.startswith(asked):
             text = self._as_asked(asked, text, position)
-        end = self.turn_end(text, len(asked), self._end_of_message(text, position))
+        end = self.turn_end(text, len(asked), self.end_of_message(text, position))
         return self._complete(Turn(text, ((len(asked), end),)), position)
 
     def turn_end(self, text: str, start: int, end: int) -> int:
@@ -146,24 +146,42 @@ class Rendering:
         swallowed = encode_control(self.tokenizer, marker + space) == encode_control(self.tokenizer, marker)
         return end if swallowed else start + len(turn)
 
-    def rewritten(self, prefix: str, whole: str, position: int, header: bool = False) -> TemplateError:
+    def end_of_message(self, text: str, position: int) -> int:
+        """Where the message ends that ends `text`: before an end-of-text token that nothing follows.
+
+        Phi-3's ends whole conversations so; what is asked for in one that goes on shows the difference.
+        """
+        stripped = text.rstrip()
+        special = special_tokens(self.tokenizer)
+        ending = next((token for token in special if stripped.endswith(token)), None)
+        if ending is None or not stripped.removesuffix(ending).rstrip().endswith(special):
+            return len(text)
+        going_on = self.text(position + 1, True)
+        last = len(stripped) - len(ending)
+        return len(text) if going_on.startswith(stripped) or going_on[:last] != text[:last] else last
+
+    def rewritten(
+        self, prefix: str, whole: str, position: int, header: bool = False, advice: str | None = None
+    ) -> TemplateError:
         """The error that says what the template does to a message when the conversation goes on.
 
         Args:
             prefix: up to and with the message; with `header`, to the header that asks for the next one.
+            advice: what to do about it; by default, where a conversation is imitated.
         """
-        same = next((i for i, pair in enumerate(zip(prefix, whole, strict=False)) if pair[0] != pair[1]), 0)
-        around = slice(max(0, same - 20), same + 40)
-        return TemplateError(
-            f"{_describe(self.tokenizer)} renders {'the header after ' if header else ''}message {position} "
-            f"({self.messages[position]['role']}) differently once the conversation goes on: "
-            f"{prefix[around]!r} becomes {whole[around]!r}. "
-            + (
+        if advice is None:
+            advice = (
                 "If the template has a mode that asks so, choose it by `chat_template_kwargs` "
                 "({'enable_thinking': false}); else mark what the model says in it by {% generation %}"
                 if header
                 else "Use a template that leaves earlier messages as they were, or one row per assistant turn"
             )
+        same = next((i for i, pair in enumerate(zip(prefix, whole, strict=False)) if pair[0] != pair[1]), 0)
+        around = slice(max(0, same - 20), same + 40)
+        return TemplateError(
+            f"{_describe(self.tokenizer)} renders {'the header after ' if header else ''}message {position} "
+            f"({self.messages[position]['role']}) differently once the conversation goes on: "
+            f"{prefix[around]!r} becomes {whole[around]!r}. {advice}"
         )
 
     def segment(
@@ -280,20 +298,6 @@ class Rendering:
             return True
         before = self.text(position) if position else ""  # the header may have its beginning ("<think>")
         return turn.text.startswith(before) and wanted in _SPACE.sub("", turn.text[len(before) :])
-
-    def _end_of_message(self, text: str, position: int) -> int:
-        """Where the message ends: before an end-of-text token that stands there only because nothing follows.
-
-        Phi-3's ends whole conversations so; what is asked for in one that goes on shows the difference.
-        """
-        stripped = text.rstrip()
-        special = special_tokens(self.tokenizer)
-        ending = next((token for token in special if stripped.endswith(token)), None)
-        if ending is None or not stripped.removesuffix(ending).rstrip().endswith(special):
-            return len(text)
-        going_on = self.text(position + 1, True)
-        last = len(stripped) - len(ending)
-        return len(text) if going_on.startswith(stripped) or going_on[:last] != text[:last] else last
 
 
 @cache

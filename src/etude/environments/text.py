@@ -1,9 +1,10 @@
 """The text environment: a model and its tools, over several turns, on one task.
 
     prompt ─► model turn ─► calls a tool? ─► tool's answer ─► model turn ─► … ─► submitted, or a limit
+                                 └► no, but there is a user ─► its reply ─► model turn ─► …
 
-`TextEnvironment` is concrete. It is subclassed through `build_prompt`, `is_done` and `score`; everything
-else is composed: tools, rewards, protocol and sampler are arguments.
+`TextEnvironment` is concrete. It is subclassed through `build_prompt`, `is_done`, `score` and `metrics`;
+everything else is composed: tools, rewards, protocol, user and sampler are arguments.
 """
 
 from __future__ import annotations
@@ -18,25 +19,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.encoding import decode, encode_control, encode_plain, encode_prompt
+from etude.data.encoding import decode, encode_plain
+from etude.data.messages import Messages
 from etude.data.source_target import encode_source
-from etude.environments.history import TextHistory
+from etude.environments.history import TextHistory, as_responses
 from etude.environments.lockstep import Lockstep
 from etude.environments.orchestrator import play_episodes
-from etude.environments.tags import ParsedTurn, TagProtocol, ToolProtocol
+from etude.environments.tags import Framing, ParsedTurn, Reply, TagProtocol, ToolProtocol
+from etude.environments.user import User, as_user, ask, leave
 from etude.errors import DataError, EnvironmentSetupError, SamplerError
-from etude.math.counters import mix
+from etude.math.counters import mix, word_of
 from etude.protocols import Reward, Sampler, Session, Tool
 from etude.rewards.function import SegmentReward, as_reward
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
+from etude.sampling.lengths import LengthRange, Lengths
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import decoder_start, sampling_params
 from etude.tools.contract import ToolLimits, call_tool
 from etude.tools.function import tools_by_name
 from etude.types import Episode, Sampled, Segment, StopReason
 
-_OPEN = {"build_prompt", "is_done", "score"}
+_LENGTHS = word_of("length_sampler")  # name of a random stream
+
+_OPEN = {"build_prompt", "is_done", "score", "metrics"}
 _INSTEAD = {
     "step": "is_done(episode), or a tool",
     "task_end_check": "is_done(episode)",
@@ -78,7 +84,14 @@ class TextEnvironment(Lockstep):
         tool_timeout: seconds a tool may take.
         max_seconds: wall time of an episode, after which it is interrupted; None for no limit.
         protocol: how calls are written; TRL's tags by default.
+        user: who answers a turn that calls no tool: `f(episode) -> text`, sync or async, or None to end the
+            episode; a list of replies, or the name of the tasks' column that has them. By default nobody
+            does, and such a turn ends the episode. If it has a method `close(episode)`, that is called when
+            the episode is over.
         sampler: a sampler to use instead of a local one over `model`.
+        length_sampler: a `LengthSampler` or a pair (low, high): each episode draws its `max_new_tokens` from
+            that range, `high` excluded, by its own random stream; in place of a fixed one in
+            `generation_kwargs`.
         slots: episodes that the local sampler decodes at once, at most.
         cache_bytes: what its keys and values may take, such as "2GiB"; half of the free memory by default.
         seed: of the episodes' random streams; `set_seed` decides it by default.
@@ -103,7 +116,9 @@ class TextEnvironment(Lockstep):
         tool_timeout: float = 10.0,
         max_seconds: float | None = None,
         protocol: ToolProtocol | None = None,
+        user: User | Sequence[str] | str | None = None,
         sampler: Sampler | None = None,
+        length_sampler: Lengths | None = None,
         slots: int = 32,
         cache_bytes: int | str | None = None,
         seed: int | None = None,
@@ -130,9 +145,15 @@ class TextEnvironment(Lockstep):
         self.max_length = max_length
         self.max_seconds = max_seconds
         self.protocol = protocol or TagProtocol()
+        self.user = as_user(user)
         self.tool_limits = ToolLimits(timeout=tool_timeout, max_characters=self.max_tool_response)
         self.generation_kwargs = dict(generation_kwargs or {})
-        self.params = sampling_params(self.generation_kwargs, tokenizer, stop=self.protocol.stop)
+        self.params = sampling_params(
+            {"eos_token_id": _ends(tokenizer, self.protocol), **self.generation_kwargs},
+            tokenizer,
+            stop=self.protocol.stop,
+        )
+        self.lengths = self._checked(length_sampler)
         self.slots = slots
         self.cache_bytes = cache_bytes
         self.seed = torch.initial_seed() if seed is None else seed
@@ -144,20 +165,21 @@ class TextEnvironment(Lockstep):
         for name in vars(cls):
             if name in _OPEN or name.startswith("__") or not hasattr(TextEnvironment, name):
                 continue
-            instead = _INSTEAD.get(name, "build_prompt(task), is_done(episode) or score(episodes)")
+            instead = _INSTEAD.get(name, "build_prompt, is_done, score or metrics")
             raise EnvironmentSetupError(
                 f"{cls.__name__} overrides TextEnvironment.{name}; use {instead} instead"
             )
 
-    # The three open points.
+    # The four open points.
 
-    def build_prompt(self, task: Mapping[str, Any]) -> str:
-        """The text an episode starts with."""
+    def build_prompt(self, task: Mapping[str, Any]) -> str | Messages:
+        """The text an episode starts with; or messages, where the protocol is a chat template."""
         for column in ("prompt", "query"):
             if isinstance(task.get(column), str):
                 return self.prompt + task[column]
         raise DataError(
-            f"a task needs a text column 'prompt' (or 'query'); this one has {', '.join(task) or 'none'}"
+            f"a task needs a text column 'prompt' (or 'query'); this one has {', '.join(task) or 'none'}. "
+            "Messages are for a ChatEnvironment"
         )
 
     def is_done(self, episode: Episode) -> bool:
@@ -167,6 +189,14 @@ class TextEnvironment(Lockstep):
     async def score(self, episodes: Sequence[Episode]) -> None:
         """Append rewards to each episode, those of turns and tokens where they belong."""
         await score_episodes(self.rewards, episodes)
+
+    def metrics(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        """What an evaluation says about all its episodes together, beside the means of their rewards."""
+        return {}
+
+    def prompt_text(self, task: Mapping[str, Any]) -> str:
+        """What the episodes of a task begin with, as text."""
+        return self.protocol.begin(self.tokenizer, self.build_prompt(task)).prompt.text
 
     # Playing.
 
@@ -183,14 +213,7 @@ class TextEnvironment(Lockstep):
             queries [q], responses [r], masks of the responses [r] (1 where the model sampled), rewards
             (scalars) and histories, each a list with one entry per task.
         """
-        episodes = run_sync(self.run_episodes(tasks, **columns))
-        histories = [TextHistory.of(episode, self.current_device) for episode in episodes]
-        for history in histories:
-            history.reward = torch.tensor(history.episode.reward, device=self.current_device)
-        queries, responses, masks = (
-            list(part) for part in zip(*(h.split_query_response_tokens() for h in histories), strict=True)
-        )
-        return queries, responses, masks, [torch.as_tensor(h.reward) for h in histories], histories
+        return as_responses(run_sync(self.run_episodes(tasks, **columns)), self.current_device)
 
     async def run_episodes(self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any) -> list[Episode]:
         """`run`, for callers that want episodes and have an event loop."""
@@ -207,89 +230,139 @@ class TextEnvironment(Lockstep):
         """Play one episode. What the model gets wrong is data; so is a failure on our side."""
         episode = Episode(task=task, seed=seed)
         started = time.monotonic()
-        session = self._begin(episode, sampler)
+        framing = self.protocol.begin(self.tokenizer, self.build_prompt(task))
+        session = self._begin(episode, sampler, framing.prompt)
         limit = min(self.max_length or sampler.max_length, sampler.max_length)
         try:
             async with asyncio.timeout(self.max_seconds):
                 while episode.stop is None:
-                    await self._turn(episode, session, limit)
+                    await self._turn(episode, session, framing, limit)
         except TimeoutError:
             episode.stop = StopReason.WALL_CLOCK
         except SamplerError as error:
             episode.stop, episode.error = StopReason.INFRASTRUCTURE, str(error)
         finally:
             session.close()
+            leave(self.user, episode)
             episode.timings["total"] = time.monotonic() - started
         return episode
 
-    def _begin(self, episode: Episode, sampler: Sampler) -> Session:
+    def _begin(self, episode: Episode, sampler: Sampler, prompt: Segment) -> Session:
         """Append the prompt; an encoder reads it, or it is the beginning of what the model goes on from."""
-        prompt = self.build_prompt(episode.task)
         start = decoder_start(self.generation_kwargs, sampler.decoder_start)
         if not start:
-            episode.append(Segment("prompt", prompt, encode_prompt(self.tokenizer, prompt)))
+            episode.append(prompt)
             return sampler.session(seed=episode.seed)
-        source_ids = encode_source(self.tokenizer, prompt)
-        episode.append(Segment("prompt", prompt, source_ids, encoder=True))
+        if self.protocol.end_ids:
+            raise EnvironmentSetupError(
+                "the model is an encoder–decoder, whose decoder doesn't go on from its prompt; a chat "
+                "template needs a decoder that does"
+            )
+        source_ids = encode_source(self.tokenizer, prompt.text)
+        episode.append(Segment("prompt", prompt.text, source_ids, encoder=True))
         episode.append(Segment("environment", "", list(start)))
+        if len(source_ids) > sampler.max_source_length:  # as where nothing could follow a decoder's prompt
+            episode.stop = StopReason.MAX_TOKENS
         return sampler.session(seed=episode.seed, source_ids=source_ids)
 
-    async def _turn(self, episode: Episode, session: Session, limit: int) -> None:
-        """One model turn and, if it calls one, its tool's answer."""
+    async def _turn(self, episode: Episode, session: Session, framing: Framing, limit: int) -> None:
+        """One model turn, and what a tool or the user answers."""
         room = limit - episode.context_length
         if room <= len(self.params.forced_prefix):  # nothing could be sampled
             episode.stop = StopReason.MAX_TOKENS
             return
         started = time.monotonic()
-        params = replace(self.params, max_new_tokens=min(self.params.max_new_tokens, room))
+        params = replace(self.params, max_new_tokens=min(self._turn_tokens(episode.seed), room))
         sampled = await session.sample(episode.unseen, params)
         _count(episode, "sample", started)
         for segment in sampled.segments():
             episode.append(segment)
         parsed = self.protocol.parse(sampled.text)
         episode.stop = self._stop_after_model(episode, sampled, parsed, limit)
-        if episode.stop is None:
-            started = time.monotonic()
-            await self._answer(episode, parsed, limit)
+        if episode.stop is not None:
+            return
+        started = time.monotonic()
+        if parsed.calls:
+            replies = await self._answer(episode, parsed)
             _count(episode, "tools", started)
+        else:
+            replies = await self._listen(episode)
+            _count(episode, "user", started)
+        if replies:
+            ended_by = sampled.token_ids[-1] if sampled.finish == "eos" else None
+            self._append(episode, framing.frame(replies, ended_by), limit)
+        else:  # the user has nothing to add
+            episode.stop = _last_word(sampled)
+
+    def _turn_tokens(self, seed: int) -> int:
+        """`max_new_tokens` of an episode's turns."""
+        return self.params.max_new_tokens if self.lengths is None else self.lengths.draw(seed, _LENGTHS)
+
+    def _checked(self, lengths: Lengths | None) -> LengthRange | None:
+        if lengths is None:
+            return None
+        if "max_new_tokens" in self.generation_kwargs:
+            raise EnvironmentSetupError(
+                "length_sampler and generation_kwargs' max_new_tokens both limit a turn; give one of them"
+            )
+        found, forced = LengthRange.of(lengths, "length_sampler"), len(self.params.forced_prefix)
+        if found.low <= forced:
+            raise EnvironmentSetupError(
+                f"length_sampler begins with {found.low}, and forced_prefix has {forced} tokens, which "
+                "count; raise it, so that at least one can be sampled"
+            )
+        return found
 
     def _stop_after_model(
         self, episode: Episode, sampled: Sampled, parsed: ParsedTurn, limit: int
     ) -> StopReason | None:
         if parsed.submitted:
             return StopReason.SUBMITTED
-        if sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids:
+        ended = sampled.finish == "eos" or self.tokenizer.eos_token_id in sampled.token_ids
+        # In a chat, an end of sequence ends the turn that calls a tool; tags end such a turn themselves.
+        if ended and (self.user is None if not parsed.calls else sampled.finish != "eos"):
             return StopReason.END_OF_SEQUENCE
         if sampled.finish == "length":
             return StopReason.MAX_TOKENS if episode.context_length >= limit else StopReason.TURN_TOKENS
         if self.is_done(episode):
             return StopReason.DONE
-        if not parsed.calls:
+        if not parsed.calls and self.user is None:
             return StopReason.NO_TOOL_CALL
         if episode.turns >= self.max_turns:
             return StopReason.MAX_TURNS
-        if self.max_tool_calls is not None and len(episode.tool_calls) >= self.max_tool_calls:
+        calls, most = len(episode.tool_calls) + len(parsed.calls), self.max_tool_calls
+        if parsed.calls and most is not None and calls > most:
             return StopReason.MAX_TOOL_CALLS
         return None
 
-    async def _answer(self, episode: Episode, parsed: ParsedTurn, limit: int) -> None:
-        """Run the tool that a turn calls and append what it answers."""
-        arguments = parsed.query if parsed.tool is not None else episode.last_model_text
-        call = await call_tool(self.tools, parsed.tool, arguments, self.tool_limits, episode.turns - 1)
-        episode.tool_calls.append(call)
-        encoded = encode_plain(self.tokenizer, call.response)
-        response_ids, response = encoded.ids, encoded.text
-        cap = self.max_tool_response_tokens
-        if cap is not None and len(response_ids) > cap:
-            response_ids = response_ids[:cap]
-            response = decode(self.tokenizer, response_ids)
-            call.truncated = True
-        before, after = self.protocol.frame()
-        answer = [
-            Segment("environment", before, encode_control(self.tokenizer, before)),
-            Segment("tool", response, response_ids),
-            Segment("environment", after, encode_control(self.tokenizer, after)),
-        ]
+    async def _answer(self, episode: Episode, parsed: ParsedTurn) -> list[Reply]:
+        """Run the tools that a turn calls, one after the other: they may share what they work on."""
+        replies, turn = [], episode.turns - 1
+        for asked in parsed.calls:
+            call = await call_tool(self.tools, asked.tool, asked.arguments, self.tool_limits, turn)
+            episode.tool_calls.append(call)
+            encoded = encode_plain(self.tokenizer, call.response)
+            response_ids, response = encoded.ids, encoded.text
+            cap = self.max_tool_response_tokens
+            if cap is not None and len(response_ids) > cap:
+                response_ids = response_ids[:cap]
+                response = decode(self.tokenizer, response_ids)
+                call.truncated = True
+            replies.append(Reply(response, response_ids, asked))
+        return replies
+
+    async def _listen(self, episode: Episode) -> list[Reply]:
+        """Ask the user; nothing comes back if it says no more."""
+        assert self.user is not None, "without a user, a turn that calls no tool ends the episode"
+        reply = await ask(self.user, episode)
+        if reply is None:
+            return []
+        episode.replies.append(reply)
+        encoded = encode_plain(self.tokenizer, reply)
+        return [Reply(encoded.text, encoded.ids)]
+
+    def _append(self, episode: Episode, answer: Sequence[Segment], limit: int) -> None:
+        """Append what came back, if it fits."""
         if episode.context_length + sum(len(segment.token_ids) for segment in answer) >= limit:
             episode.stop = StopReason.MAX_TOKENS
             return
@@ -318,6 +391,16 @@ class TextEnvironment(Lockstep):
     def current_device(self) -> torch.device:
         """Where the token tensors that `run` returns live."""
         return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, protocol: ToolProtocol) -> list[int]:
+    """The tokens that end a turn where the caller doesn't say."""
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*eos, *protocol.end_ids]))
+
+
+def _last_word(sampled: Sampled) -> StopReason:
+    return StopReason.END_OF_SEQUENCE if sampled.finish == "eos" else StopReason.NO_TOOL_CALL
 
 
 def _count(episode: Episode, name: str, started: float) -> None:

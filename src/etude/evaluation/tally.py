@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from operator import eq
 from typing import NamedTuple
 
@@ -14,7 +15,15 @@ from torch import Tensor
 from etude.math.estimates import Distinct, distinct, pass_at_k
 from etude.types import Episode, StopReason
 
+GROUPS = 20  # that tasks are in where an environment's metrics are computed without each in turn
 Episodes = Sequence[Sequence[Episode]]  # by task and sample
+
+
+class Whole(NamedTuple):
+    """A quantity of all episodes together: its value, and its values without each of G groups of tasks."""
+
+    value: float
+    without_G: Tensor
 
 
 class Counted(NamedTuple):
@@ -32,12 +41,14 @@ class Tally:
         rates: shares of episodes, calls or tasks, by name.
         means: quantities per episode, by name.
         distinct: distinct-n by name.
+        wholes: what the environment says of all episodes together, by name.
         episodes: how many were played to an end.
     """
 
     rates: dict[str, Counted]
     means: dict[str, Counted]
     distinct: dict[str, Distinct]
+    wholes: dict[str, Whole]
     episodes: int
 
 
@@ -48,6 +59,7 @@ def tally(
     pass_at: Sequence[int] = (),
     distinct_n: Sequence[int] = (),
     bait: str | None = None,
+    metrics: Callable[[list[Episode]], dict[str, float]] | None = None,
 ) -> Tally:
     """Count what happened. Episodes lost to our own failures count for `stop/infrastructure` only.
 
@@ -56,6 +68,9 @@ def tally(
     `tool_errors/<class>` of those that failed so; `obeyed` the share whose own words have the bait in them;
     `stop/<reason>` the share that ended for it. `rewards/<name>` (of several) is without its weight, over the
     episodes to which it applies; `tokens` counts sampled ones.
+
+    Args:
+        metrics: numbers about all episodes together, such as a corpus's BLEU.
     """
     played = [[e for e in task if e.stop is not StopReason.INFRASTRUCTURE] for task in episodes_NS]
 
@@ -83,8 +98,25 @@ def tally(
         rates=rates,
         means=means,
         distinct={f"distinct_{n}": distinct(said, n) for n in distinct_n},
+        wholes={} if metrics is None else _wholes(played, metrics),
         episodes=sum(map(len, played)),
     )
+
+
+def _wholes(episodes_NS: Episodes, metrics: Callable[[list[Episode]], dict[str, float]]) -> dict[str, Whole]:
+    """Each metric of all episodes, and of all but a group's: it can be slow, so tasks leave together."""
+
+    def of(tasks: Iterable[Sequence[Episode]]) -> dict[str, float]:
+        episodes = [episode for task in tasks for episode in task]
+        return metrics(episodes) if episodes else {}
+
+    values = of(episodes_NS)
+    groups = min(GROUPS, len(episodes_NS)) if values else 0
+    without = [of(task for i, task in enumerate(episodes_NS) if i % groups != out) for out in range(groups)]
+    return {
+        name: Whole(value, torch.tensor([each.get(name, nan) for each in without], dtype=torch.float64))
+        for name, value in values.items()
+    }
 
 
 def _counted(pairs: Iterable[tuple[float, float]]) -> Counted:

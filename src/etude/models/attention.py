@@ -18,11 +18,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -30,12 +32,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from etude.errors import ModelError
 from etude.models.cached_attention import attend_cached
+from etude.models.cross_attention import attend_decoder
 from etude.models.plans import PLAN, Branches, PackedPlan, StaticPlan, TokenPlan
-from etude.models.single_attention import Scores, attend, grouped, looks_back
+from etude.models.single_attention import Scores, attend, computing, grouped, looks_back
 
 QKV = tuple[Tensor, ...]  # queries, keys, values
 
+STEADY = "steady_kernels"  # the keyword that asks for those of `steady_kernels`
 _PREFIX = "etude_"
+_STEADY_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _KNOWN_TENSORS = ("position_ids", "cache_position")  # that families hand on, and attention needn't know
 
 
@@ -63,32 +68,32 @@ def packed_attention(
     Raises:
         ModelError: the layer hands over a tensor that is not known here (a position bias, say).
     """
+    decodes = isinstance(plan, PackedPlan) and plan.cross is not None
+    bias = others.pop("position_bias", None) if decodes else None
     for name, tensor in others.items():
         if isinstance(tensor, Tensor) and name not in _KNOWN_TENSORS:
             raise ModelError(f"packed attention doesn't serve {name!r} ({type(module).__name__})")
-    # Rotations leave autocast's precision, which the products below would return to: the cache is smaller so.
-    query, key, value = (_computing(tensor[0]) for tensor in (query, key, value))
     keeps_all = plan.cache is not None or not plan.dropout
     scores = Scores(scaling, softcap, s_aux, 0.0 if keeps_all else dropout)
     layer: int | None = getattr(module, "layer_idx", None)
+    if plan.cache is not None and layer is None:
+        raise ModelError(f"{type(module).__name__} has no layer_idx, by which the cache keeps its keys")
+    # Rotations leave autocast's precision, which the products below would return to: the cache is smaller so.
+    if decodes:
+        assert isinstance(plan, PackedPlan)
+        assert layer is not None
+        output = attend_decoder(module, computing(query[0]), key, value, plan, layer, scores, bias)
+        return output.transpose(0, 1).contiguous().unsqueeze(0)
+    query, key, value = (computing(tensor[0]) for tensor in (query, key, value))
     if layer is not None:
         plan.windows[layer] = sliding_window
     if plan.cache is None:
         assert isinstance(plan, PackedPlan)
         output = _attend_to_self(query, key, value, plan, scores, sliding_window)
-    elif layer is None:
-        raise ModelError(f"{type(module).__name__} has no layer_idx, by which the cache keeps its keys")
     else:
+        assert layer is not None
         output = attend_cached(query, key, value, plan, layer, scores, sliding_window)
     return output.transpose(0, 1).contiguous().unsqueeze(0)  # some families take a view of it
-
-
-def _computing(tensor: Tensor) -> Tensor:
-    """In autocast's precision, where it is in force."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _attend_to_self(
@@ -200,6 +205,21 @@ def install(model: PreTrainedModel) -> None:
     model.set_attn_implementation(name)
 
 
+def steady_kernels(model: PreTrainedModel) -> dict[str, Any]:
+    """Keywords under which a model with position biases (T5) rounds alike whether there is a gradient or not.
+
+    On a CPU the kernel that `scaled_dot_product_attention` takes without gradient knows none of a bias, so
+    that a policy would be observed by another one than it is updated by: in bfloat16 the first ratios of a
+    batch would be off by some ten percent. Empty for models that add no bias.
+    """
+    if not any(getattr(module, "has_relative_attention_bias", False) for module in model.modules()):
+        return {}
+    if not model._can_set_attn_implementation():  # computes all of it itself
+        return {}
+    install(model)
+    return {STEADY: True}
+
+
 def is_packed(implementation: str | None) -> bool:
     """Whether an attention implementation is one of those that `install` registers."""
     return (implementation or "").startswith(_PREFIX)
@@ -221,6 +241,7 @@ def _dispatch(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             forward = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         else:
             forward = ALL_ATTENTION_FUNCTIONS[original]
-        return forward(module, query, key, value, attention_mask, **kwargs)
+        with sdpa_kernel(_STEADY_KERNELS) if kwargs.pop(STEADY, False) else nullcontext():
+            return forward(module, query, key, value, attention_mask, **kwargs)
 
     return attention

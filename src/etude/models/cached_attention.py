@@ -38,7 +38,7 @@ def attend_cached(
     else:
         plan.cache.write(layer, key, value, plan.slots_T, plan.positions_T)
     if isinstance(plan, StaticPlan):
-        return _attend_block(query, keys, values, plan.decoding, scores, window)
+        return attend_block(query, keys, values, plan.decoding, scores, plan.decoding.mask(window))
     if isinstance(plan, TokenPlan):
         return _attend_tokens(query, keys, values, plan.slots_T, plan.positions_T, scores, window)
     return _attend_to_cache(query, keys, values, plan, scores, window)
@@ -53,7 +53,7 @@ def _attend_to_cache(
     shared = plan.shared if scores.plain and not window else []
     together = plan.unshared if shared else plan.decoding
     if together is not None:
-        decoded = _attend_block(q, keys, values, together, scores, window)
+        decoded = attend_block(q, keys, values, together, scores, together.mask(window))
         if len(together.members) == len(plan.lengths) and together.dense:
             return decoded
     out = q.new_empty(*q.shape[:2], values.shape[-1])
@@ -165,10 +165,14 @@ def _attend_after_prefix(
     return out.reshape(heads, rows, -1)
 
 
-def _attend_block(
-    q: Tensor, keys: Tensor, values: Tensor, block: Decoding, scores: Scores, window: int | None
+def attend_block(
+    q: Tensor, keys: Tensor, values: Tensor, block: Decoding, scores: Scores, mask: Tensor
 ) -> Tensor:
-    """The rows that add one token each, in one call over their neighbouring slots. [H, R, d]"""
+    """The rows that add one token each, in one call over their neighbouring slots. [H, R, d]
+
+    Args:
+        mask: [count, 1 or H, 1, width], what each may see, or what is added to its scores.
+    """
     slots = slice(block.first, block.first + block.count)
     k, v = keys[slots, :, : block.width], values[slots, :, : block.width]
     if block.dense:
@@ -177,5 +181,5 @@ def _attend_block(
         q_block = q.new_zeros(block.count, *q[:, 0].shape)
         q_block[block.places] = q[:, block.tokens].transpose(0, 1)
     stacked = q_block.unflatten(1, (keys.shape[1], -1))  # heads that share keys, as queries
-    out = grouped(stacked, k, v, block.mask(window), scores).flatten(1, 2)
+    out = grouped(stacked, k, v, mask, scores).flatten(1, 2)
     return (out if block.dense else out[block.places]).transpose(0, 1)

@@ -22,7 +22,7 @@ from etude.models.plans import PackedPlan, packed_inputs
 from etude.models.slot_cache import SlotCache
 
 # What a modelling file raises when it is called in a way that it wasn't written for.
-FOREIGN_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+FOREIGN_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
 
 
 # Every sampler asks: a model is tested once, until something that the answer depends on changes.
@@ -38,13 +38,14 @@ def supports_packing(model: PreTrainedModel, max_length: int | None = None) -> b
         max_length: of the sequences; the model's own limit by default.
     """
     verdicts = _VERDICTS.setdefault(model, {})
-    if (key := _circumstances(model, max_length)) not in verdicts:
+    if (key := circumstances(model, max_length)) not in verdicts:
         verdicts[key] = _passes(model, max_length)
-        verdicts[_circumstances(model, max_length)] = verdicts[key]  # with the packed attention installed
+        verdicts[circumstances(model, max_length)] = verdicts[key]  # with the packed attention installed
     return verdicts[key]
 
 
-def _circumstances(model: PreTrainedModel, max_length: int | None) -> tuple[object, ...]:
+def circumstances(model: PreTrainedModel, max_length: int | None = None) -> tuple[object, ...]:
+    """What the answer depends on."""
     implementation = model.config._attn_implementation
     switched = crosses_switch(model, max_length)
     return model.dtype, model.device, implementation, switched, model.config.to_json_string()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from etude.math.placing import place
 from etude.models.slot_cache import SlotCache
+
+if TYPE_CHECKING:
+    from etude.models.cross_attention import CrossPlan
 
 PLAN = "packed_plan"  # the keyword under which a plan travels through the model
 LONG_PROMPT = 512  # tokens; up to here it costs little on a GPU that each reads all before it
@@ -40,6 +43,7 @@ class PackedPlan:
         prefixes: in training, for each sequence the one of this step that it goes on from, or None. What has
             no prefix comes first, and what goes on from the same one lies together. May be left empty.
         dropout: attention leaves out as many weights as the model's configuration says, while it trains.
+        cross: of an encoder–decoder's decoder: what its sequences read besides.
         positions_T, slots_T: of each token, its position in its sequence and its slot.
         windows: the sliding window that each layer asked for, written as the step runs.
     """
@@ -52,6 +56,7 @@ class PackedPlan:
     prefixes: Sequence[int | None] = ()
     device: torch.device | str = "cpu"
     dropout: bool = False
+    cross: CrossPlan | None = None
     positions_T: Tensor = field(init=False)
     slots_T: Tensor = field(init=False)  # empty without a cache
     windows: dict[int, int | None] = field(init=False, default_factory=dict)

@@ -84,3 +84,11 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores
         repeats = q.shape[-2] // sinks.shape[1]
         total = torch.logaddexp(total, sinks.repeat_interleave(repeats, dim=1).unsqueeze(-1))
     return dropped((logits - total).exp().to(v.dtype), scores.dropout) @ v
+
+
+def computing(tensor: Tensor) -> Tensor:
+    """In autocast's precision, where it is in force."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))

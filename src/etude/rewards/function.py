@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any
 
@@ -24,7 +24,8 @@ class FunctionReward:
     """A function `f(prompts, completions, **columns) -> list of scores` as a `Reward`.
 
     Arguments are passed by name, and only those that the function declares, unless it takes `**kwargs`:
-    `prompts` and `completions` (lists of str, one per episode; completions are the model's own text), the
+    `prompts` and `completions` (lists of str, one per episode; completions are the model's own text; where an
+    episode's prompt is messages, both are lists of messages, the completion's one per turn of the model), the
     columns of the episodes' tasks (lists, None where a task lacks the column), and `episodes`, the
     `Episode` objects, where it is declared. At the level "turn" also `turns`, for each episode the texts of
     the model's turns; at "token" `token_ids`, for each the tokens that were sampled. These names hide columns
@@ -38,6 +39,8 @@ class FunctionReward:
         name: in metrics; by default the function's `__name__` or the object's class name.
         weight: of its score in the episode's reward.
         level: what it scores: the "episode" as a whole, each "turn" of it, or each "token".
+        columns: where a parameter's values are, if not in the column of its name: another column's name, or a
+            function of a task.
     """
 
     def __init__(
@@ -46,11 +49,13 @@ class FunctionReward:
         name: str | None = None,
         weight: float = 1.0,
         level: Level = "episode",
+        columns: Mapping[str, str | Callable[[Mapping[str, Any]], Any]] | None = None,
     ) -> None:
         self.function = function
         self.name = name_of(function) if name is None else name
         self.weight = check_weight(weight, self.name)
         self.level = check_level(level, self.name)
+        self.columns = dict(columns or {})
         self._parameters = _parameters(function, self.name)
 
     async def __call__(self, episodes: Sequence[Episode]) -> list[Score]:
@@ -61,10 +66,12 @@ class FunctionReward:
         """
         if not episodes:
             return []
+        found = task_columns(episodes)
         available: dict[str, Any] = {
-            **task_columns(episodes),
-            "prompts": [episode.prompt for episode in episodes],
-            "completions": [episode.completion for episode in episodes],
+            **found,
+            **_elsewhere(self.columns, found, episodes),
+            "prompts": [prompt_of(episode) for episode in episodes],
+            "completions": [completion_of(episode) for episode in episodes],
         }
         if self.level == "turn":
             available["turns"] = [["".join(s.text for s in turn) for turn in e.model_turns] for e in episodes]
@@ -160,10 +167,53 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def conversation_of(episode: Episode) -> list[dict[str, Any]] | None:
+    """The messages that a task is; None where it is a text."""
+    given = episode.task.get("messages", episode.task.get("prompt"))
+    return list(given) if isinstance(given, list | tuple) else None
+
+
+def prompt_of(episode: Episode) -> str | list[dict[str, Any]]:
+    conversation = conversation_of(episode)
+    return episode.prompt if conversation is None else conversation
+
+
+def completion_of(episode: Episode) -> str | list[dict[str, Any]]:
+    """What the model wrote, and nothing else: as text or, after messages, as one message per turn."""
+    if conversation_of(episode) is None:
+        return episode.completion
+    messages: list[dict[str, Any]] = []
+    for index, turn in enumerate(episode.model_turns):
+        messages.append({"role": "assistant", "content": "".join(segment.text for segment in turn)})
+        functions = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in episode.tool_calls
+            if call.turn == index and call.name is not None
+        ]
+        if functions:
+            messages[-1]["tool_calls"] = functions
+    return messages
+
+
 def task_columns(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
     """All columns of the episodes' tasks but the prompt, as lists; None where a task lacks one."""
     names = dict.fromkeys(name for episode in episodes for name in episode.task if name != "prompt")
     return {name: [episode.task.get(name) for episode in episodes] for name in names}
+
+
+def _elsewhere(
+    columns: Mapping[str, str | Callable[[Mapping[str, Any]], Any]],
+    found: Mapping[str, list[Any]],
+    episodes: Sequence[Episode],
+) -> dict[str, list[Any]]:
+    """Values of parameters that aren't in the column of their name; a column that no task has is left out."""
+    values = {}
+    for parameter, place in columns.items():
+        if callable(place):
+            values[parameter] = [place(episode.task) for episode in episodes]
+        elif place in found:
+            values[parameter] = found[place]
+    return values
 
 
 def select_arguments(

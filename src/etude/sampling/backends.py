@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from etude.errors import ConfigError
 from etude.models.cached_attention import token_kernels
+from etude.models.encoder_decoder import decodes_packed, is_encoder_decoder
 from etude.models.packing import supports_packing
 from etude.sampling.capture import CudaCapture, capturable
+from etude.sampling.encoder_decoder import EncoderDecoderBackend
 from etude.sampling.feeds import Backend
 from etude.sampling.packed import PackedBackend
 from etude.sampling.solo import solo_backend
@@ -25,7 +27,12 @@ from etude.sampling.tokens import TokenBackend
 
 
 def choose_backend(
-    model: PreTrainedModel, max_length: int, *, deterministic: bool = False, cuda_graphs: bool = False
+    model: PreTrainedModel,
+    max_length: int,
+    *,
+    max_source_length: int = 0,
+    deterministic: bool = False,
+    cuda_graphs: bool = False,
 ) -> Backend:
     """The packed one, or the static one where asked for, if that is right; else one forward per row.
 
@@ -33,6 +40,12 @@ def choose_backend(
         ConfigError: `cuda_graphs` was asked for and can't be had.
         ModelError: nothing is right.
     """
+    if is_encoder_decoder(model):
+        if cuda_graphs:
+            raise ConfigError("cuda_graphs=True needs a decoder; leave it out for an encoder–decoder")
+        if not deterministic and decodes_packed(model):
+            return EncoderDecoderBackend(model, max_source_length)
+        return solo_backend(model, max_length, max_source_length)
     packs = supports_packing(model, max_length)
     if cuda_graphs and not (packs and capturable(model)):
         raise ConfigError(

@@ -18,7 +18,8 @@ class Feed:
     """Tokens that follow `past` tokens already in `slot`.
 
     `family` is a number, and how many first tokens all slots of that number hold in common. With `drawn`, the
-    only token is the one that this row of the step before drew, which Python doesn't know yet.
+    only token is the one that this row of the step before drew, which Python doesn't know yet. `source_ids`
+    are what an encoder reads for the slot, when its first tokens are fed.
     """
 
     slot: int
@@ -26,6 +27,7 @@ class Feed:
     token_ids: Sequence[int]
     family: tuple[int, int] | None = None
     drawn: int | None = None
+    source_ids: Sequence[int] = ()
 
     @property
     def end(self) -> int:

@@ -31,6 +31,7 @@ class LocalSession:
 
     sampler: LocalSampler
     seed: int
+    source_ids: Sequence[int] = ()  # what an encoder–decoder's encoder reads; the tokens are its decoder's
     token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     cached: int = 0  # tokens whose keys and values are in the slot

@@ -45,8 +45,9 @@ class Slots:
             return False
         session.slot = heapq.heappop(self._free)  # the lowest, so that busy slots lie close together
         self.holders[session.slot] = session
-        session.source = self._prefixes.longest(session.token_ids)
-        self._prefixes.add(session, session.token_ids)
+        if not session.source_ids:  # behind different sources the same tokens have other keys and values
+            session.source = self._prefixes.longest(session.token_ids)
+            self._prefixes.add(session, session.token_ids)
         return True
 
     def release(self, session: LocalSession) -> None:

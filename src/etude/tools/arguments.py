@@ -43,6 +43,21 @@ def read_arguments(arguments: str | Mapping[str, Any], schema: Mapping[str, Any]
     return {name: _checked(name, value, properties.get(name, {})) for name, value in arguments.items()}
 
 
+def from_texts(arguments: Mapping[str, str], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Named arguments that a model wrote as text, each as the type that the schema asks for.
+
+    What can't be read as that stays text, which `read_arguments` then refuses.
+    """
+    properties = schema.get("properties", {})
+    typed: dict[str, Any] = {}
+    for name, text in arguments.items():
+        try:
+            typed[name] = _from_text(name, text, properties.get(name, {}))
+        except ToolError:
+            typed[name] = text
+    return typed
+
+
 def _from_query(query: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
     properties, required = schema["properties"], schema.get("required", ())
     several = len(properties) > 1 or bool(schema.get("additionalProperties"))
