@@ -24,7 +24,15 @@ RARE = 0.06  # of a description's words, at most
 
 def index(kind: str) -> str:
     """What apt has fetched of one kind: "Packages" or "Translations"."""
-    listed = run("apt-get", "-o", "Acquire::Languages=en", "indextargets", "--format", "$(FILENAME)", f"Created-By: {kind}")
+    listed = run(
+        "apt-get",
+        "-o",
+        "Acquire::Languages=en",
+        "indextargets",
+        "--format",
+        "$(FILENAME)",
+        f"Created-By: {kind}",
+    )
     return "\n".join(run("/usr/lib/apt/apt-helper", "cat-file", name) for name in sorted(listed.split()))
 
 
@@ -66,7 +74,9 @@ def common(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     chosen = range(len(rows))
     for _ in range(4):
         counts = Counter(word for i in chosen for word in set(spoken[i]))
-        known = {word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:VOCABULARY]}
+        known = {
+            word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:VOCABULARY]
+        }
         rare = [sum(word not in known for word in said) for said in spoken]
         chosen = [
             i
