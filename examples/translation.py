@@ -1,6 +1,6 @@
-"""A small T5 learns to translate numbers, dates and prices: careless references first, then practice for chrF.
+"""A small T5 learns to translate numbers, dates and prices: from careless references, then by practice.
 
-    python examples/translation.py --seed 0
+python examples/translation.py --seed 0
 
 """
 
@@ -125,9 +125,7 @@ def write_data(directory: Path, seed: int) -> None:
     source = contents(rng)
     for split, size in SIZES.items():
         write_rows(directory / f"{split}.jsonl", [translation(rng, next(source)) for _ in range(size)])
-    write_rows(
-        directory / "references.jsonl", [reference(rng, next(source)) for _ in range(REFERENCES)]
-    )
+    write_rows(directory / "references.jsonl", [reference(rng, next(source)) for _ in range(REFERENCES)])
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

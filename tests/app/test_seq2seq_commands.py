@@ -79,3 +79,19 @@ def test_evaluation_and_samples(options: list[str]) -> None:
 def test_a_value_model_of_its_own_is_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ppo", *TRAIN, *options, *BATCHES["ppo"], "--value_model=model"]) == 2
     assert "is an encoder-decoder model" in capsys.readouterr().err
+
+
+def test_the_best_samples_are_learnt(options: list[str]) -> None:
+    """What a decoder begins with is no text of the episode's, for which an answer would have no place."""
+    sampling = [
+        "--model_name_or_path=model",
+        "--dataset=tasks.jsonl",
+        "--output_dir=samples",
+        "--num_samples=3",
+    ]
+    assert main(["sample", *sampling, *options, "--format=prompt-completion"]) == 0
+    learning = ["--model_name_or_path=model", "--train_dataset=samples/prompt-completion.jsonl"]
+    learning += ["--output_dir=sft", "--max_steps=2", "--save_steps=2", "--learning_rate=1e-2"]
+    assert main(["sft", *learning]) == 0
+    before, after = load_file("model/model.safetensors"), load_file("sft/model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)

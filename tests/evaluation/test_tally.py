@@ -1,6 +1,7 @@
 """Episodes made by hand, and what they come to."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,3 +163,27 @@ def test_metrics_of_nothing_and_of_one_task():
     assert math.isnan(one.low)
     partly = measure(tally([lost[0], [episode(reward=2.0)]], success_reward=1.0, metrics=mean))["mean"]
     assert (partly.value, math.isnan(partly.low)) == (2, True)
+
+
+def test_each_environment_of_a_mixed_one_by_itself():
+    def played(environment, reward):
+        return replace(episode(), task={"environment": environment}, rewards=[NamedReward("exact", reward)])
+
+    tasks = [
+        [played("sums", 1.0), played("sums", 0.0)],
+        [played("words", 0.5), played("words", 0.75)],
+        [played("words", 0.0), played("words", 0.25)],
+    ]
+    found = tally(
+        tasks, success_reward={"sums": 1.0, "words": 0.5}, pass_at=[2], environments=["sums", "words"]
+    )
+    assert found.rates["success"].sums_N.tolist() == [1, 2, 0]
+    assert found.rates["sums/success"].sums_N.tolist() == [1, 0, 0]
+    assert found.rates["sums/success"].counts_N.tolist() == [2, 0, 0]
+    assert found.rates["words/pass@2"].counts_N.tolist() == [0, 1, 1]
+    assert found.means["words/reward"].sums_N.tolist() == [0, 1.25, 0.25]
+    assert found.means["words/rewards/exact"].counts_N.tolist() == [0, 2, 2]
+    measures = measure(found)
+    assert measures["words/success"].value == measures["sums/success"].value == 0.5
+    assert measures["words/reward"].value == 0.375
+    assert measures["words/reward"].low < 0.375 < measures["words/reward"].high

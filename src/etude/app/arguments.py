@@ -186,6 +186,9 @@ class DataArguments:
 class TaskArguments(DataArguments):
     """The same for tasks that a model plays, some of them held out."""
 
+    train_dataset: str | None = field(  # type: ignore[assignment]  # one of several environments can do without
+        default=None, metadata={"help": "file, folder or hub id of the training rows"}
+    )
     test_dataset: str | None = field(
         default=None, metadata={"help": "file, folder or hub id of held-out rows: played before and after"}
     )

@@ -13,7 +13,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from etude.app.arguments import ENVIRONMENTS, EnvironmentArguments, FixedModelArguments
+from etude.app.mixed_arguments import PlayArguments
 from etude.app.references import load_object
+from etude.environments.mixed import MixedEnvironment
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError
 from etude.models.loading import load_tokenizer
@@ -170,10 +172,10 @@ def _load_kind(name: str) -> Callable[..., Any]:
 def build_environment(
     load_model: Callable[..., Any],
     model_arguments: FixedModelArguments,
-    episodes: EnvironmentArguments,
+    episodes: PlayArguments,
     seed: int,
-) -> TextEnvironment:
-    """The environment, around the model (its `model`) that it has loaded, and the `tokenizer`.
+) -> TextEnvironment | MixedEnvironment:
+    """The environment, or several, around the model (its `model`) that it has loaded, and the `tokenizer`.
 
     Call it after the data are read: mistakes in them, and in the code that `episodes` names, show before a
     model is loaded.
@@ -182,7 +184,8 @@ def build_environment(
         load_model: from a name and what the arguments say, such as `load_causal_lm`.
         seed: of what starts at random in the model (a value head, an adapter), and of the episodes.
     """
-    code = EnvironmentCode.load(episodes)
+    codes = {name: EnvironmentCode.load(part.episodes) for name, part in episodes.parts.items()}
+    alone = None if codes else EnvironmentCode.load(episodes)
     set_seed(seed)
     tokenizer = load_tokenizer(**model_arguments.tokenizer_place)
     model = load_model(
@@ -190,7 +193,10 @@ def build_environment(
         peft_config=model_arguments.peft_config(),
         **model_arguments.loading,
     )
-    return code.environment(model, tokenizer)
+    if alone is not None:
+        return alone.environment(model, tokenizer)
+    parts = {name: code.environment(model, tokenizer) for name, code in codes.items()}
+    return MixedEnvironment(parts, episodes.weights)
 
 
 def _reward_of(place: str) -> ModelReward | ProcessReward:

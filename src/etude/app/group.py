@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArguments, TaskArguments
+from etude.app.arguments import ModelArguments, RunArguments, TaskArguments
+from etude.app.mixed_arguments import PlayArguments
 from etude.app.play import train_by_playing
 from etude.models.loading import load_language_model
 from etude.trainers.group import GroupTrainer
@@ -30,7 +31,7 @@ _TRAINERS: dict[type[GroupConfig], type[GroupTrainer]] = {
 def run(
     model_arguments: ModelArguments,
     tasks: TaskArguments,
-    episodes: EnvironmentArguments,
+    episodes: PlayArguments,
     start: RunArguments,
     config: GroupConfig,
 ) -> None:

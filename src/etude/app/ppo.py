@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from etude.app.arguments import ActorCriticArguments, EnvironmentArguments, RunArguments, TaskArguments
+from etude.app.arguments import ActorCriticArguments, RunArguments, TaskArguments
+from etude.app.mixed_arguments import PlayArguments
 from etude.app.play import train_by_playing
 from etude.models.loading import load_language_model
 from etude.models.value_head import load_with_value_head
@@ -16,7 +17,7 @@ from etude.trainers.ppo_config import PPOConfig
 def run(
     model_arguments: ActorCriticArguments,
     tasks: TaskArguments,
-    episodes: EnvironmentArguments,
+    episodes: PlayArguments,
     start: RunArguments,
     config: PPOConfig,
 ) -> None:

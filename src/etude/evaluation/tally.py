@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import nan
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from etude.environments.mixed import SuccessReward, succeeds
 from etude.math.estimates import Distinct, distinct, pass_at_k
 from etude.types import Episode, StopReason
 
@@ -55,11 +56,12 @@ class Tally:
 def tally(
     episodes_NS: Episodes,
     *,
-    success_reward: float,
+    success_reward: SuccessReward,
     pass_at: Sequence[int] = (),
     distinct_n: Sequence[int] = (),
     bait: str | None = None,
     metrics: Callable[[list[Episode]], dict[str, float]] | None = None,
+    environments: Collection[str] = (),
 ) -> Tally:
     """Count what happened. Episodes lost to our own failures count for `stop/infrastructure` only.
 
@@ -71,15 +73,20 @@ def tally(
 
     Args:
         metrics: numbers about all episodes together, such as a corpus's BLEU.
+        environments: names of a mixed one's: success, pass@k and rewards of each follow under its name.
     """
     played = [[e for e in task if e.stop is not StopReason.INFRASTRUCTURE] for task in episodes_NS]
 
     def success(episode: Episode) -> bool:
-        return episode.reward >= success_reward
+        return succeeds(episode, success_reward)
 
     rates = {"success": _per_episode(played, success)}
     for k in pass_at:
         rates[f"pass@{k}"] = _pass_at(played, success, k)
+    parts = {name: [[e for e in task if e.environment == name] for task in played] for name in environments}
+    for name, own in parts.items():
+        rates[f"{name}/success"] = _per_episode(own, success)
+        rates |= {f"{name}/pass@{k}": _pass_at(own, success, k) for k in pass_at}
     rates["tool_use"] = _per_episode(played, lambda e: bool(e.tool_calls))
     classes = sorted({c.error for task in played for e in task for c in e.tool_calls if c.error is not None})
     rates["tool_errors"] = _per_call(played, lambda error: error is not None)
@@ -90,6 +97,9 @@ def tally(
     for reason in StopReason:
         rates[f"stop/{reason.value}"] = _per_episode(episodes_NS, partial(_stopped, reason))
     means = {"reward": _per_episode(played, lambda e: e.reward), **_rewards(played)}
+    for name, own in parts.items():
+        scores = {"reward": _per_episode(own, lambda e: e.reward), **_rewards(own, fewest=1)}
+        means |= {f"{name}/{key}": each for key, each in scores.items()}
     means["tokens"] = _per_episode(played, lambda e: sum(e.sampled))
     means["turns"] = _per_episode(played, lambda e: e.turns)
     means["tool_calls"] = _per_episode(played, lambda e: len(e.tool_calls))
@@ -145,11 +155,11 @@ def _pass_at(episodes_NS: Episodes, success: Callable[[Episode], bool], k: int) 
     )
 
 
-def _rewards(episodes_NS: Episodes) -> dict[str, Counted]:
+def _rewards(episodes_NS: Episodes, fewest: int = 2) -> dict[str, Counted]:
     totals = [[e.reward_totals for e in task] for task in episodes_NS]
     names = dict.fromkeys(name for task in totals for each in task for name in each)
     found = {}
-    for name in names if len(names) > 1 else ():
+    for name in names if len(names) >= fewest else ():
         values = [
             [each[name].value for each in task if name in each and each[name].value is not None]
             for task in totals

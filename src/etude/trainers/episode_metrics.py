@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from accelerate.utils import gather_object
 
+from etude.environments.mixed import SuccessReward, by_environment, succeeds
 from etude.environments.traits import metrics_of
 from etude.protocols import Environment
 from etude.types import Episode, StopReason
 
-SuccessReward = float | Mapping[str, float]  # of every episode, or by environment
+_HOW = ("reward_std", "tool_use", "tool_errors", "turns", "sampled_tokens")  # a model does what it does
 
 
 class Mean(NamedTuple):
@@ -42,25 +43,34 @@ def episode_metrics(
     return metrics
 
 
-def by_environment(episodes: Sequence[Episode], environments: Collection[str]) -> dict[str, list[Episode]]:
-    """The episodes of each of these environments in which some were played."""
-    own: dict[str, list[Episode]] = {name: [] for name in environments}
-    for episode in episodes if own else ():
-        own[episode.environment].append(episode)
-    return {name: those for name, those in own.items() if those}
-
-
 def measures_by_environment(
     metrics: Mapping[str, float], environments: Collection[str]
 ) -> dict[str, dict[str, float]]:
-    """What a mixed run's metrics say about how good the model is at each: success, reward and rewards."""
-    found: dict[str, dict[str, float]] = {}
+    """What a mixed run's metrics say about how good the model is at each.
+
+    That is success, reward and rewards, and what the environment itself says of all its episodes.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in environments}
     for name, number in metrics.items():
         environment, _, rest = name.partition("/")
-        wanted = rest in ("success", "reward") or rest.startswith("rewards/")
-        if environment in environments and wanted:
-            found.setdefault(environment, {})[rest] = number
-    return found
+        if environment in found and rest not in _HOW and not rest.startswith("stop/"):
+            found[environment][rest] = number
+    first = ("success", "reward")
+    return {
+        name: dict(sorted(measures.items(), key=lambda item: item[0] not in first))
+        for name, measures in found.items()
+        if measures
+    }
+
+
+def environment_metrics(environment: Environment, episodes: Sequence[Episode]) -> dict[str, float]:
+    """What an environment says about the episodes of all processes together: a corpus's score is no mean."""
+    metrics = metrics_of(environment)
+    if metrics is None:
+        return {}  # nothing need be sent around
+    everyone: list[Episode] = gather_object(list(episodes))
+    played = [episode for episode in everyone if episode.stop is not StopReason.INFRASTRUCTURE]
+    return metrics(played) if played else {}
 
 
 def _means(
@@ -73,7 +83,7 @@ def _means(
     means = {
         "reward": rewards,
         "reward_std": squares._replace(value=squares.value**0.5),
-        "success": _mean([_succeeds(episode, success_reward) for episode in played]),
+        "success": _mean([succeeds(episode, success_reward) for episode in played]),
         "tool_use": _mean([bool(episode.tool_calls) for episode in played]),
         "tool_errors": _mean([call.error is not None for call in calls]),
         "turns": _mean([episode.turns for episode in played]),
@@ -91,22 +101,6 @@ def _means(
     return means
 
 
-def environment_metrics(environment: Environment, episodes: Sequence[Episode]) -> dict[str, float]:
-    """What an environment says about the episodes of all processes together: a corpus's score is no mean."""
-    measure = metrics_of(environment)
-    if measure is None:
-        return {}  # nothing need be sent around
-    everyone: list[Episode] = gather_object(list(episodes))
-    played = [episode for episode in everyone if episode.stop is not StopReason.INFRASTRUCTURE]
-    return measure(played) if played else {}
-
-
 def _mean(values: Sequence[float]) -> Mean:
     """0 of nothing, which weighs nothing."""
     return Mean(sum(values) / max(len(values), 1), len(values))
-
-
-def _succeeds(episode: Episode, success_reward: SuccessReward) -> bool:
-    if isinstance(success_reward, Mapping):
-        return episode.reward >= success_reward[episode.environment]
-    return episode.reward >= success_reward

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.batch import Trajectory
+from etude.environments.mixed import by_environment
 from etude.environments.orchestrator import play_episodes
 from etude.environments.traits import max_length_of, parts_of
 from etude.errors import ConfigError, DataError
@@ -37,7 +38,6 @@ from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
 from etude.trainers.episode_metrics import (
     Mean,
-    by_environment,
     environment_metrics,
     episode_metrics,
     measures_by_environment,

@@ -21,7 +21,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from etude.environments.traits import check_environment, parts_of, starts_of, tokenizer_of
+from etude.environments.mixed import check_success
+from etude.environments.traits import check_environment, starts_of, tokenizer_of
 from etude.errors import ConfigError, DataError, ModelError
 from etude.math.counters import mix
 from etude.math.kl import KLKind
@@ -39,7 +40,6 @@ from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import decoder_start, sampling_params
 from etude.trainers.checkpoints import save_models
-from etude.trainers.episode_metrics import SuccessReward
 from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.learner import Learner
 from etude.trainers.online import OnlineTrainer
@@ -98,7 +98,7 @@ class PolicyTrainer(OnlineTrainer):
     ) -> None:
         if environment is not None:
             check_environment(environment)
-            _check_success(config.success_reward, parts_of(environment))
+            check_success(config.success_reward, environment)
         if tokenizer is None:
             tokenizer = tokenizer_of(environment)
         if tokenizer is None:
@@ -362,12 +362,4 @@ class PolicyTrainer(OnlineTrainer):
             trainer=type(self).__name__,
             method=self.method,
             config_summary=changed_settings(self.config),
-        )
-
-
-def _check_success(success_reward: SuccessReward, environments: Mapping[str, Environment]) -> None:
-    if isinstance(success_reward, Mapping) and set(success_reward) != set(environments):
-        named = " and ".join(map(repr, environments)) or "none: the environment isn't mixed"
-        raise ConfigError(
-            f"success_reward is of {', '.join(success_reward)}; expected a number, or one for each of {named}"
         )
