@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install browser demo test test-peers check lint types format peers bench-rollout bench-train bench-sft bench-learning bench-robustness clean
+.PHONY: install browser demo test test-peers test-environments check lint types format peers bench-rollout bench-train bench-sft bench-learning bench-robustness clean
 
 install: $(STAMP)
 
@@ -34,6 +34,19 @@ test: install
 test-peers: install
 	$(BIN)/python -m benchmarks.peers.install trl1
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m peers
+
+# Adapters for other people's environments, against the real ones. Their packages exclude one another, so each has
+# a virtual environment of its own, on top of ours.
+test-environments: .venv-openenv/.installed .venv-verifiers/.installed
+	HF_HUB_OFFLINE=1 .venv-openenv/bin/python -m pytest tests/environments/adapters/test_openenv.py
+	HF_HUB_OFFLINE=1 .venv-verifiers/bin/python -m pytest tests/environments/adapters/test_verifiers.py
+
+.venv-%/.installed: $(STAMP)
+	test -x .venv-$*/bin/python || $(BIN)/python -m venv .venv-$*
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> $$(.venv-$*/bin/python -c "import site; print(site.getsitepackages()[0])")/base.pth
+	.venv-$*/bin/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -74,4 +87,4 @@ bench-robustness: install
 	$(BIN)/python -m benchmarks.robustness $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) runs benchmarks/results benchmarks/peers/*/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-openenv .venv-verifiers runs benchmarks/results benchmarks/peers/*/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@
     ├── ToolError            a tool that can't be built or called; in an episode it becomes data
     ├── RewardError          a reward that is NaN, infinite or of the wrong length
     ├── EnvironmentSetupError  an environment that was built or used wrongly
+    ├── InstanceError        somebody else's environment failed; in an episode it becomes data
     └── CheckpointError      a run directory or checkpoint that can't be read
 
 A message says what was wrong, what was expected, and what to do. A model's mistakes are not exceptions:
@@ -55,6 +56,10 @@ class RewardError(EtudeError, ValueError):
 
 class EnvironmentSetupError(EtudeError, ValueError):
     """An environment was built or used wrongly."""
+
+
+class InstanceError(EtudeError, RuntimeError):
+    """Somebody else's environment raised, or didn't answer in time."""
 
 
 class CheckpointError(EtudeError, RuntimeError):

@@ -45,7 +45,12 @@ class Sampler(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Tokens that one session can hold; an encoder's source may have as many beside them."""
+        """Tokens that one session can hold, an encoder's source not counted."""
+        ...
+
+    @property
+    def max_source_length(self) -> int:
+        """Tokens that an encoder–decoder's encoder reads at most; 0 for a decoder alone."""
         ...
 
     @property
@@ -103,12 +108,21 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Environment(Protocol):
-    """A world in which a model attempts a task."""
+    """A world in which a model attempts a task.
+
+    These two methods are all that playing and training need. `environments.traits` says what else is made use
+    of where an environment has it (`tokenizer`, `max_length`, …), and what takes its place where it doesn't.
+    """
 
     async def play(self, task: Mapping[str, Any], sampler: Sampler, *, seed: int) -> Episode:
-        """Play one episode to its end. The model's mistakes are data, never exceptions."""
+        """Play one episode to its end. The model's mistakes are data, never exceptions.
+
+        Args:
+            task: a row of the dataset. It becomes the episode's `task`.
+            seed: of the session's random stream, and of whatever else the environment draws.
+        """
         ...
 
     async def score(self, episodes: Sequence[Episode]) -> None:
-        """Append each reward to each episode."""
+        """Append each reward to each episode. Those that failed on our side aren't among them."""
         ...

@@ -251,6 +251,12 @@ class Episode:
         return [s.target for s in self.segments for _ in s.token_ids]
 
     @property
+    def environment(self) -> str:
+        """Name of the environment that it was played in, where a run has several; else empty."""
+        name = self.task.get("environment")
+        return name if isinstance(name, str) else ""
+
+    @property
     def text(self) -> str:
         return "".join(segment.text for segment in self.segments)
 

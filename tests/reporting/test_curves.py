@@ -108,6 +108,38 @@ def test_only_the_first_dozen_curves_are_open() -> None:
     assert [group.open for group in groups(rows_of(**series))] == [True, False, False]
 
 
+def test_environments_of_a_mixed_run_have_a_block_each_in_the_open() -> None:
+    series = {
+        "loss": [1.0],
+        "reward": [0.5],
+        "kl": [0.1],
+        "ppo__a": [1.0],
+        **{f"x{i}": [1.0] for i in range(9)},
+    }
+    for name in ("sums", "words"):
+        series |= {f"{name}__turns": [1.0], f"{name}__stop__done": [0.5], f"{name}__stop__lost": [0.0]}
+        series |= {f"{name}__tool_use": [0.0], f"{name}__success": [0.0], f"{name}__reward": [0.5]}
+    series |= {"sums__rewards__exact": [0.5], "words__rewards__chrf": [0.2], "words__rewards__short": [0.0]}
+    validation = {"validation__sums__reward": [0.6], "validation__sums__rewards__exact": [0.6]}
+    found = groups(rows_of(**series, **validation))
+    assert [(group.name, group.open) for group in found] == [
+        ("", True),
+        ("sums", True),
+        ("words", True),
+        ("ppo", False),
+    ]
+    sums, words = ([chart.name.partition("/")[2] for chart in group.charts] for group in found[1:3])
+    assert sums == ["reward", "success", "turns", "stop/done"]
+    assert words == ["reward", "rewards/chrf", "rewards/short", "success", "turns", "stop/done"]
+    assert found[1].charts[0].latest == [("training", "0.5"), ("validation", "0.6")]
+    assert found[2].charts[1].title == "Rewards chrF"
+    with_corpus = groups(rows_of(**series, validation__words__bleu=[12.0]))
+    assert with_corpus[2].charts[-1].series == {"validation": [(1, 12.0)]}, "what only a validation measures"
+    assert with_corpus[2].charts[-1].title == "BLEU"
+    (alone,) = groups(rows_of(validation__reward=[0.5], validation__success=[0.5]))
+    assert alone.title == "Validation", "which is not an environment"
+
+
 def test_validation_is_drawn_with_its_twin() -> None:
     rows = [
         {"step": s, "time": 0.0, "success": s / 4} | ({"validation/success": 0.5} if s == 4 else {})
@@ -141,6 +173,7 @@ def test_what_is_not_a_finite_number_leaves_a_gap_or_no_curve() -> None:
         ("kl_mean", "KL mean"),
         ("grad_norm", "Gradient norm"),
         ("exact/mean", "Exact mean"),
+        ("validation/rougeL", "Validation ROUGE-L"),
         ("", ""),
         ("eval.success rate", "Eval success rate"),
     ],

@@ -412,6 +412,61 @@ def test_episodes_are_named_by_what_their_prompts_do_not_share(tmp_path: Path) -
     assert names == ["Question: 3*4?", "Question: 3*5? Think.", "Question: 7"]
 
 
+def mixed_run(path: Path) -> RunDirectory:
+    run, chance = RunDirectory(path), random.Random(1)
+    for step in (1, 2):
+        metrics = {"reward": 0.5, "success": 0.5}
+        for name in ("calculator", "translation"):
+            metrics |= {f"{name}/reward": 0.5, f"{name}/success": 0.25 * step, f"{name}/rewards/chrf": 0.1}
+        run.append_metrics(step, metrics)
+    episodes = [play_calculator(chance, 0.5, 0, n) for n in range(3)]
+    for episode in episodes:
+        episode.task = {**episode.task, "environment": "calculator"}
+    prompts = [
+        f"Words to digits.\n{word}" for word in ("one", "two", "three", "four", "five", "six", "seven")
+    ]
+    episodes += [
+        Episode({"environment": "translation"}, segments=[Segment("prompt", prompt, [1])])
+        for prompt in prompts
+    ]
+    run.append_episodes(2, "train", episodes)
+    both = {"before": {"reward": 0.1, "success": 0.2}, "after": {"reward": 0.3, "success": 0.9}}
+    single = {side: {**numbers, "rewards/exact": numbers["reward"]} for side, numbers in both.items()}
+    several = {side: {**numbers, "rewards/chrf": 0.4} for side, numbers in both.items()}
+    environments = {"calculator": single, "translation": several}
+    run.update_summary({"before": 0.3, "after": 0.8, "environments": environments})
+    return run
+
+
+def test_a_mixed_run_has_a_block_for_each_environment(tmp_path: Path) -> None:
+    page = Page(write_report(mixed_run(tmp_path).path))
+    assert "Success, before and after 30 % → 80 % Calculator, before and after 20 % → 90 %" in page.text
+    assert "Calculator · 3 curves · reward 0.1 → 0.3 · success 20 % → 90 % Reward" in page.text
+    assert (
+        "Translation · 3 curves · reward 0.1 → 0.3 · success 20 % → 90 % · rewards chrf 0.4 → 0.4"
+        in page.text
+    )
+    assert [attributes for tag, attributes in page.tags if tag == "details"][:2] == [
+        {"class": "group", "open": None}
+    ] * 2
+    assert "Environments" not in page.text, "they are no fact of the header"
+    assert [e["environment"] for e in page.data["episodes"]] == ["calculator"] * 3 + ["translation"] * 7
+    assert page.data["episodes"][3]["name"] == "one", "less what its own environment's prompts share"
+
+
+def test_episodes_are_shared_out_among_environments(tmp_path: Path) -> None:
+    page = Page(write_report(mixed_run(tmp_path).path, max_episodes=4))
+    assert [e["environment"] for e in page.data["episodes"]] == ["calculator"] * 2 + ["translation"] * 2
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_episodes_are_filtered_by_environment_where_there_are_several(tmp_path: Path) -> None:
+    for name, run in (("mixed", mixed_run(tmp_path / "a")), ("single", hostile_run(tmp_path / "b"))):
+        dom = in_the_browser(write_report(run.path), tmp_path)
+        (select,) = [a for tag, a in dom.tags if tag == "select" and a["name"] == "environment"]
+        assert ("hidden" in select) == (name == "single")
+
+
 def test_episodes_of_one_task_and_of_none(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     same = Episode(segments=[Segment("prompt", "First line\nsecond", [1])])

@@ -319,7 +319,9 @@ def test_scores_scaled_normalised_clipped(tokenizer, make_llama):
     def scaled(**settings):
         config = PPOConfig(batch_size=4, mini_batch_size=4, **settings)
         trainer = PPOTrainer(config, AutoModelForCausalLMWithValueHead(make_llama()), tokenizer=tokenizer)
-        return trainer._scaled([1.0, 2.0, 3.0, 6.0])[0].tolist()
+        tokens = torch.tensor([1, 2])
+        played = [Trajectory.of_response(tokens, tokens, score) for score in (1.0, 2.0, 3.0, 6.0)]
+        return trainer._scaled(played)[0].tolist()
 
     std = math.sqrt(14 / 3)  # of 1, 2, 3, 6 around 3, unbiased
     assert scaled() == [1, 2, 3, 6]

@@ -8,8 +8,10 @@ from typing import Any
 from etude.data.selection import best_first
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment, task_rows
+from etude.environments.traits import sampler_of, seeds_of
 from etude.errors import ConfigError
 from etude.math.kl import best_of_n_kl
+from etude.protocols import Environment, Sampler
 from etude.runtime.loop import run_sync
 from etude.types import Episode
 
@@ -23,14 +25,19 @@ class BestOfN:
         environment: with rewards; what kind they are doesn't matter.
         n: episodes per task.
         n_candidates: how many of them are returned per task, best first.
+        sampler: what plays; the environment's own by default.
     """
 
-    def __init__(self, environment: TextEnvironment, n: int = 4, n_candidates: int = 1) -> None:
+    def __init__(
+        self, environment: Environment, n: int = 4, n_candidates: int = 1, sampler: Sampler | None = None
+    ) -> None:
         if not 1 <= n_candidates <= n:
             raise ConfigError(f"n_candidates is {n_candidates} and n {n}; expected 1 <= n_candidates <= n")
-        if not environment.rewards and type(environment).score is TextEnvironment.score:
+        if _scores_nothing(environment):
             raise ConfigError("the environment has no rewards, so none of n is best; give it rewards=")
         self.environment = environment
+        self.sampler = sampler
+        self.next_seed = seeds_of(environment)
         self.n = n
         self.n_candidates = n_candidates
 
@@ -47,7 +54,14 @@ class BestOfN:
             columns: what the rewards need, one value per task, or one for all.
         """
         rows = [row for row in task_rows(tasks, columns) for _ in range(self.n)]
-        seeds = [self.environment.next_seed() for _ in rows]
-        episodes = run_sync(play_episodes(self.environment, rows, self.environment.sampler, seeds))
+        seeds = [self.next_seed() for _ in rows]
+        sampler = sampler_of(self.environment, self.sampler)
+        episodes = run_sync(play_episodes(self.environment, rows, sampler, seeds))
         groups = [episodes[start : start + self.n] for start in range(0, len(episodes), self.n)]
         return [best_first(group)[: self.n_candidates] for group in groups]
+
+
+def _scores_nothing(environment: Environment) -> bool:
+    if not isinstance(environment, TextEnvironment):
+        return False
+    return not environment.rewards and type(environment).score is TextEnvironment.score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -130,6 +131,24 @@ class TextHistory:
 
     def show_colour_legend(self) -> None:
         rich_print(legend())
+
+
+def as_responses(
+    episodes: Sequence[Episode], device: torch.device | str = "cpu"
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[TextHistory]]:
+    """What TRL 0.7.4's `TextEnvironment.run` returns of its episodes, on `device`.
+
+    Returns:
+        queries [q], responses [r], masks of the responses [r] (1 where the model sampled), rewards (scalars)
+        and histories, each a list with one entry per episode.
+    """
+    histories = [TextHistory.of(episode, device) for episode in episodes]
+    for history in histories:
+        history.reward = torch.tensor(history.episode.reward, device=device)
+    queries, responses, masks = (
+        list(part) for part in zip(*(h.split_query_response_tokens() for h in histories), strict=True)
+    )
+    return queries, responses, masks, [torch.as_tensor(h.reward) for h in histories], histories
 
 
 def _spans(lengths: list[int]) -> list[tuple[int, int]]:

@@ -21,10 +21,12 @@ from typing import Any
 
 from etude.data.selection import Selection, best_first
 from etude.environments.orchestrator import gather_all, play_episodes
-from etude.environments.text import TextEnvironment, task_rows
+from etude.environments.text import task_rows
+from etude.environments.traits import prompt_of, sampler_of, slots_of, tokenizer_of
 from etude.errors import CheckpointError, ConfigError, DataError
 from etude.math.counters import mix
 from etude.math.kl import best_of_n_kl
+from etude.protocols import Environment, Sampler
 from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory
 from etude.types import Episode
@@ -54,12 +56,13 @@ class SamplingSummary:
 
 
 def sample_dataset(
-    environment: TextEnvironment,
+    environment: Environment,
     tasks: Sequence[str | Mapping[str, Any]],
     output_dir: str | os.PathLike[str],
     selection: Selection = Selection(),  # noqa: B008  frozen
     *,
     num_samples: int = 4,
+    sampler: Sampler | None = None,
     seed: int = 0,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
@@ -68,11 +71,12 @@ def sample_dataset(
     """Play, choose, and write `<format>.jsonl` into a run directory.
 
     Args:
-        environment: with its model and rewards.
+        environment: with its rewards.
         tasks: prompts, or rows that have one and whatever the rewards need.
         output_dir: for episodes and dataset.
         selection: what becomes a row.
         num_samples: episodes per task.
+        sampler: what plays; the environment's own by default.
         seed: of all episodes.
         resume: go on with the episodes that are in `output_dir`: what is missing is played, with more
             `num_samples` than before also more of each task. It is for you to see that the model is the same.
@@ -88,7 +92,7 @@ def sample_dataset(
         raise ConfigError(f"num_samples is {num_samples}; expected at least 1")
     if selection.format == "preference" and num_samples < 2:
         raise ConfigError("a preference is between two episodes of a task; set num_samples to 2 or more")
-    rows, run = task_rows(tasks, {}), RunDirectory(output_dir)
+    rows, run, sampler = task_rows(tasks, {}), RunDirectory(output_dir), sampler_of(environment, sampler)
     stored = run.read_groups()
     if stored:
         _check_same(run, {**(settings or {}), "seed": seed}, resume)
@@ -96,7 +100,7 @@ def sample_dataset(
     else:
         run.write_config({**(settings or {}), "seed": seed})
     played = {task: len(episodes) for task, episodes in stored.items()}
-    run_sync(_play_missing(environment, rows, run, played, num_samples, seed, on_group))
+    run_sync(_play_missing(environment, sampler, rows, run, played, num_samples, seed, on_group))
 
     groups = {task: episodes[:num_samples] for task, episodes in run.read_groups().items()}
     chosen = [row for task in sorted(groups) for row in selection.rows(task, groups[task])]
@@ -131,18 +135,27 @@ def _check_same(run: RunDirectory, settings: Mapping[str, Any], resume: bool) ->
 
 
 def _check_tasks(
-    environment: TextEnvironment, rows: Sequence[Mapping[str, Any]], stored: Mapping[int, list[Episode]]
+    environment: Environment, rows: Sequence[Mapping[str, Any]], stored: Mapping[int, list[Episode]]
 ) -> None:
     for task, episodes in stored.items():
-        if task >= len(rows) or environment.prompt_text(rows[task]) != episodes[0].prompt:
+        if task >= len(rows) or not _is_of(episodes[0], rows[task], environment):
             raise DataError(
                 f"the stored episodes of task {task} began with {episodes[0].prompt[:60]!r}, which is not "
                 "its prompt now; give the same tasks in the same order, or choose another output_dir"
             )
 
 
+def _is_of(episode: Episode, row: Mapping[str, Any], environment: Environment) -> bool:
+    """By its prompt; where that isn't known beforehand, by what its task says in words and whole numbers."""
+    prompt = prompt_of(environment, row)
+    if prompt is not None:
+        return prompt == episode.prompt
+    return all(episode.task.get(name) == value for name, value in row.items() if isinstance(value, str | int))
+
+
 async def _play_missing(
-    environment: TextEnvironment,
+    environment: Environment,
+    sampler: Sampler,
     rows: Sequence[Mapping[str, Any]],
     run: RunDirectory,
     played: Mapping[int, int],
@@ -152,16 +165,14 @@ async def _play_missing(
 ) -> None:
     """Play what isn't stored. A task's episodes are stored together, as soon as they are scored."""
     # Enough tasks for all slots, while others of their group are still waiting for tools and rewards.
-    gate = asyncio.Semaphore(-(-2 * environment.slots // num_samples))
+    gate = asyncio.Semaphore(-(-2 * slots_of(environment) // num_samples))
 
     async def play(task: int) -> None:
         async with gate:
             missing = range(played.get(task, 0), num_samples)
             seeds = [mix(seed, task, sample) for sample in missing]
-            group = await play_episodes(
-                environment, [rows[task] for _ in missing], environment.sampler, seeds
-            )
-            run.append_episodes(task, "train", group, environment.tokenizer)
+            group = await play_episodes(environment, [rows[task] for _ in missing], sampler, seeds)
+            run.append_episodes(task, "train", group, tokenizer_of(environment))
             if on_group is not None:
                 on_group(group)
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from etude.data.noise import Noise, as_noise
-from etude.environments.text import TextEnvironment
+from etude.environments.traits import parts_of, tools_of
 from etude.errors import ConfigError, DataError
 from etude.math.counters import mix
+from etude.protocols import Environment
 from etude.tools.noisy import NoisyTool
 
 CLEAN = "clean"
@@ -63,13 +64,17 @@ class Condition:
             noisy.append({**row, **{name: _with_text(row[name], text) for name, text in changed.items()}})
         return noisy
 
-    def environment(self, environment: TextEnvironment, seed: int) -> TextEnvironment:
+    def environment(self, environment: Environment, seed: int) -> Environment:
         """The environment with noise in its tools' replies: a copy that shares everything else."""
-        if self.noise is None or self.where != "tools":
+        if self.noise is None or self.where != "tools" or not tools_of(environment):
             return environment
-        changed = copy.copy(environment)
+        changed: Any = copy.copy(environment)
+        parts = parts_of(environment)
+        if parts:
+            changed.environments = {name: self.environment(part, seed) for name, part in parts.items()}
+            return changed
         changed.tools = {
-            name: NoisyTool(tool, self.noise, mix(seed, _TOOLS)) for name, tool in environment.tools.items()
+            name: NoisyTool(tool, self.noise, mix(seed, _TOOLS)) for name, tool in changed.tools.items()
         }
         return changed
 

@@ -13,27 +13,29 @@ Not covered: several processes; files (`record`).
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from etude.data.files import Rows, load_rows
+from etude.environments.mixed import SuccessReward, check_success
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
+from etude.environments.traits import metrics_of, parts_of, sampler_of, temperatures_of, tools_of
 from etude.errors import ConfigError, DataError
 from etude.evaluation.conditions import CLEAN, Condition, Noises, make_conditions
 from etude.evaluation.measures import Measures, compare, measure
 from etude.evaluation.tally import Tally, tally
 from etude.math.counters import mix
 from etude.math.intervals import check_confidence
-from etude.protocols import Sampler
+from etude.protocols import Environment, Sampler
 from etude.reporting.evaluation import print_evaluation
 from etude.runtime.loop import run_sync
+from etude.sampling.greedy import GreedySampler
 from etude.types import Episode
 
 _NOISE, _EPISODES = 1, 2  # names of random streams
@@ -107,7 +109,7 @@ class Evaluation:
 
 
 def evaluate(
-    player: TextEnvironment | nn.Module,
+    player: Environment | nn.Module,
     tasks: Rows,
     *,
     noise: Noises = (),
@@ -116,7 +118,7 @@ def evaluate(
     greedy: bool = False,
     pass_at: Sequence[int] = (),
     distinct: Sequence[int] = (1, 2),
-    success_reward: float = 1.0,
+    success_reward: SuccessReward = 1.0,
     confidence: float = 0.95,
     seed: int = 0,
     columns: Sequence[str] = ("prompt", "query"),
@@ -127,8 +129,9 @@ def evaluate(
     """Play every task under every condition and count.
 
     Args:
-        player: an environment with its model, or a model; with a model, `environment` has the arguments of
-            its `TextEnvironment` (`tokenizer=`, `tools=`, `rewards=`, …).
+        player: an environment, or a model; with a model, `environment` has the arguments of its
+            `TextEnvironment` (`tokenizer=`, `tools=`, `rewards=`, …). An environment without a sampler of its
+            own needs a `sampler=`.
         tasks: rows as training has them: a file, a folder, a hub id, a list, a `Dataset`.
         noise: what is done to prompts, a condition each: names of shipped ones (`data.noise.SHIPPED`),
             `Noise`s, functions (text, seed) → text, in a list or by names of yours.
@@ -137,7 +140,8 @@ def evaluate(
         greedy: the most probable token at each step, whatever the environment's `generation_kwargs` say.
         pass_at: which k of pass@k; by default powers of 2 up to `samples`, and `samples`.
         distinct: which n of distinct-n.
-        success_reward: an episode with at least this reward is a success.
+        success_reward: an episode with at least this reward is a success; in a mixed environment perhaps a
+            number for each.
         confidence: of the intervals.
         seed: of noise and episodes.
         columns: where a task has its text, for noise in prompts.
@@ -149,14 +153,18 @@ def evaluate(
         DataError: tasks can't be read, or have no text to put noise into.
     """
     started = time.monotonic()
-    given = _environment(player, environment)
-    world = _greedy(given) if greedy else given
-    _check(world, samples, pass_at, confidence)
+    world = _environment(player, environment)
+    check_success(success_reward, world)
+    _check(greedy or _is_greedy(world), samples, pass_at, confidence)
     rows = [dict(row) for row in load_rows(tasks, column="prompt")]
+    conditions = make_conditions(noise, tool_noise, bool(tools_of(world)))
+    sampler = sampler_of(world, environment.get("sampler"))
+    if greedy:
+        sampler = GreedySampler(sampler)
     episodes, tallies = {}, {}
-    for condition in make_conditions(noise, tool_noise, bool(world.tools)):
+    for condition in conditions:
         told = None if on_episode is None else _telling(on_episode, condition.name)
-        played = _play(condition, world, given.sampler, rows, samples, columns, seed, told)
+        played = _play(condition, world, sampler, rows, samples, columns, seed, told)
         episodes[condition.name] = played
         tallies[condition.name] = tally(
             played,
@@ -164,6 +172,8 @@ def evaluate(
             pass_at=pass_at or _powers(samples),
             distinct_n=distinct,
             bait=condition.bait,
+            metrics=metrics_of(world),
+            environments=parts_of(world),
         )
     return Evaluation(name, rows, samples, episodes, tallies, confidence, time.monotonic() - started)
 
@@ -191,27 +201,26 @@ def _plain(measures: Mapping[str, Measures]) -> dict[str, dict[str, dict[str, fl
     }
 
 
-def _environment(player: Any, arguments: Mapping[str, Any]) -> TextEnvironment:
-    if not isinstance(player, TextEnvironment):
+def _environment(player: Any, arguments: Mapping[str, Any]) -> Environment:
+    if not isinstance(player, Environment):
         return TextEnvironment(player, **arguments)
-    if arguments:
+    if others := [name for name in arguments if name != "sampler"]:
         raise ConfigError(
-            f"{', '.join(arguments)} would make an environment, and there is one already; set them there"
+            f"{', '.join(others)} would make an environment, and there is one already; set them there"
         )
     return player
 
 
-def _greedy(environment: TextEnvironment) -> TextEnvironment:
-    changed = copy.copy(environment)
-    changed.params = replace(environment.params, temperature=0.0)
-    return changed
+def _is_greedy(environment: Environment) -> bool:
+    temperatures = temperatures_of(environment).values()
+    return bool(temperatures) and not any(temperatures)
 
 
-def _check(environment: TextEnvironment, samples: int, pass_at: Sequence[int], confidence: float) -> None:
+def _check(greedy: bool, samples: int, pass_at: Sequence[int], confidence: float) -> None:
     check_confidence(confidence)
     if samples < 1:
         raise ConfigError(f"samples is {samples}; expected at least 1 episode per task")
-    if samples > 1 and environment.params.temperature == 0:
+    if samples > 1 and greedy:
         raise ConfigError(
             f"samples is {samples}, and greedy decoding makes them all the same; sample, or play each "
             "task once"
@@ -222,7 +231,7 @@ def _check(environment: TextEnvironment, samples: int, pass_at: Sequence[int], c
 
 def _play(
     condition: Condition,
-    environment: TextEnvironment,
+    environment: Environment,
     sampler: Sampler,
     rows: Sequence[dict[str, Any]],
     samples: int,

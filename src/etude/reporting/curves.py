@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,8 @@ Point = tuple[int, float | None]  # step and value; None where the run computed 
 # What a reader looks for first; other curves follow in the order in which the run wrote them.
 _FIRST = ("reward", "success", "tool_use", "kl", "length", "loss", "entropy", "ratio", "tokens_per_second")
 _WORDS = {"kl": "KL", "lr": "learning rate", "grad": "gradient", "std": "std. dev.", "frac": "fraction"}
+_WORDS |= {"chrf": "chrF", "bleu": "BLEU", "ter": "TER", "rouge": "ROUGE"}
+_WORDS |= {f"rouge{kind}": f"ROUGE-{kind}" for kind in ("1", "2", "L")}
 _OPEN = 12  # groups are open until this many curves are shown
 _POINTS = 400  # per series; longer ones are averaged
 
@@ -106,26 +108,64 @@ class Chart:
 
 @dataclass(frozen=True)
 class Group:
-    """Curves whose names share what stands before the slash."""
+    """Curves whose names share what stands before the slash: `name`."""
 
-    title: str
+    name: str
     charts: list[Chart]
     open: bool
 
+    @property
+    def title(self) -> str:
+        return in_words(self.name)
+
 
 def groups(metrics: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """The plots of a run, from its rows of {"step", name: number, …}; what isn't a number is left out."""
+    """The plots of a run, from its rows of {"step", name: number, …}; what isn't a number is left out.
+
+    The environments of a mixed run come after what is of the whole run, and are open.
+    """
     members: dict[str, list[Chart]] = {"": []}
     for chart in _charts(metrics):
         prefix, slash, _ = chart.name.partition("/")
         members.setdefault(prefix if slash else "", []).append(chart)
     members[""].sort(key=lambda chart: _rank(chart.name))
+    mixed = _environments([chart.name for charts in members.values() for chart in charts])
+    environments = {name: _telling(members[name]) for name in mixed}
     found: list[Group] = []
-    for prefix, charts in members.items():
-        shown = sum(len(group.charts) for group in found)
+    for name, charts in ({"": members[""]} | environments | members).items():
+        charts = environments.get(name, charts)
+        shown = sum(len(group.charts) for group in found if group.name not in environments)
+        is_open = not found or name in environments or shown + len(charts) <= _OPEN
         if charts:
-            found.append(Group(in_words(prefix), charts, open=not found or shown + len(charts) <= _OPEN))
+            found.append(Group(name, charts, is_open))
     return found
+
+
+def _environments(names: Collection[str]) -> list[str]:
+    """Those of a mixed run: each has a reward and a success."""
+    prefixes = dict.fromkeys(name.partition("/")[0] for name in names)
+    return [p for p in prefixes if p != "validation" and {f"{p}/reward", f"{p}/success"} <= set(names)]
+
+
+def _telling(charts: Sequence[Chart]) -> list[Chart]:
+    """An environment's curves, without those of what never happens in it, such as calls of tools.
+
+    Nor is a single reward drawn twice, under its name and as the reward.
+    """
+    prefix = charts[0].name.partition("/")[0]
+    rewards = next(chart.series for chart in charts if chart.name == f"{prefix}/reward")
+
+    def rank(chart: Chart) -> int:
+        name = chart.name.partition("/")[2]
+        return _rank("reward" if name.startswith("rewards/") else name)
+
+    def tells(chart: Chart) -> bool:
+        if chart.name.startswith(f"{prefix}/rewards/"):
+            return chart.series != rewards
+        happens = any(value for points in chart.series.values() for _, value in points)
+        return happens or rank(chart) <= _rank("success")
+
+    return sorted(filter(tells, charts), key=rank)
 
 
 def in_words(name: str) -> str:
@@ -145,10 +185,14 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     if not drawn:
         return []
     domain = (metrics[0]["step"], metrics[-1]["step"])
-    charts = []
+    charts, environments = [], _environments(drawn)
     for name, points in drawn.items():
-        if name.startswith("validation/") and name.removeprefix("validation/") in drawn:
+        twinned = name.removeprefix("validation/")
+        if name != twinned and twinned in drawn:
             continue  # drawn with its twin
+        if name != twinned and twinned.partition("/")[0] in environments:
+            charts.append(Chart(twinned, {"validation": points}, domain))  # with its environment's others
+            continue
         twin = drawn.get(f"validation/{name}")
         charts.append(Chart(name, {"training": points} | ({"validation": twin} if twin else {}), domain))
     return charts

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -58,7 +58,7 @@ def write_report(
     if max_episodes < 0:
         raise ConfigError(f"max_episodes is {max_episodes}; expected 0 or more")
     metrics = [row for _, row in _rows(run / "metrics.jsonl")]
-    splits = [row["split"] for _, row in _rows(run / "episodes.jsonl")]
+    splits = [(row["split"], _environment(row)) for _, row in _rows(run / "episodes.jsonl")]
     picked = _pick(splits, max_episodes)
     rows = [row for place, row in _rows(run / "episodes.jsonl") if place in picked]
     summary = _read(run / "summary.json", json.loads)
@@ -69,6 +69,7 @@ def write_report(
         title=title or run.resolve().name,
         nonce=secrets.token_urlsafe(16),
         progress=_progress(summary),
+        environments=_environments(summary),
         facts=_facts(summary, metrics, len(splits)),
         curves=curves,
         evaluation=(headlines(evaluation), tables(evaluation)) if evaluation else None,
@@ -121,9 +122,13 @@ def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         raise CheckpointError(f"{file} can't be read ({error}); restore it or delete it") from error
 
 
-def _pick(splits: Sequence[str], limit: int) -> set[int]:
+def _environment(row: Mapping[str, Any]) -> str:
+    return Episode(row["task"]).environment
+
+
+def _pick(splits: Sequence[Hashable], limit: int) -> set[int]:
     """Places of at most `limit` episodes: an equal share for each split, and what it leaves for the next."""
-    places: dict[str, list[int]] = {}
+    places: dict[Hashable, list[int]] = {}
     for place, split in enumerate(splits):
         places.setdefault(split, []).append(place)
     picked: set[int] = set()
@@ -137,11 +142,29 @@ def _pick(splits: Sequence[str], limit: int) -> set[int]:
 
 
 def _progress(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, before, after) of each number that has both."""
+    """(name, before, after) of each number that has both; of a mixed run also the success in each part."""
     before, after = (
         value if isinstance(value, Mapping) else {"success": value}
         for value in (summary.get("before"), summary.get("after"))
     )
+    parts = [(name, pair) for name, pairs in _environments(summary).items() for pair in pairs]
+    return _pairs(before, after) + [
+        (in_words(name), first, last) for name, (what, first, last) in parts if what == "Success"
+    ]
+
+
+def _environments(summary: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
+    """The same by environment of a mixed run, every number; a single reward not twice."""
+    found = {}
+    for name, each in summary.get("environments", {}).items():
+        before, after = each.get("before", {}), each.get("after", {})
+        rewards = [key for key in before if key.startswith("rewards/")]
+        single = rewards if len(rewards) == 1 and before[rewards[0]] == before.get("reward") else ()
+        found[name] = _pairs({key: value for key, value in before.items() if key not in single}, after)
+    return found
+
+
+def _pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     shown = []
     for name, first in before.items():
         last = after.get(name)
@@ -165,7 +188,8 @@ def _facts(
     if metrics:
         started = datetime.fromtimestamp(metrics[0]["time"], UTC)
         facts.append(("Started", f"{started.day} {started:%B %Y, %H:%M} UTC"))
-    rest = {name: value for name, value in summary.items() if name not in ("before", "after", "seconds")}
+    shown = ("before", "after", "environments", "seconds")
+    rest = {name: value for name, value in summary.items() if name not in shown}
     for name, value in _leaves(rest):
         facts.append((in_words(name), number(value) if isinstance(value, float) else _text(value)))
     return facts
@@ -200,8 +224,14 @@ def _duration(seconds: float) -> str:
 def _episodes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each as the page's script reads it, named by its prompt less the lines that all prompts open with."""
     prompts = ["".join(s["text"] for s in row["segments"] if s["source"] == "prompt") for row in rows]
-    opening = _shared_lines(prompts)
-    return [_episode(row, prompt[opening:]) for row, prompt in zip(rows, prompts, strict=True)]
+    together: dict[str, list[str]] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        together.setdefault(_environment(row), []).append(prompt)
+    openings = {environment: _shared_lines(alike) for environment, alike in together.items()}
+    return [
+        _episode(row, prompt[openings[_environment(row)] :])
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
 
 
 def _shared_lines(texts: Sequence[str]) -> int:
@@ -218,6 +248,7 @@ def _episode(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {
         "step": row["step"],
         "split": row["split"],
+        "environment": visible(episode.environment),
         "name": _shortened(name) or "(empty prompt)",
         "stop": "unfinished" if episode.stop is None else episode.stop.replace("_", " "),
         "error": visible(episode.error or ""),

@@ -30,6 +30,13 @@ FIELDS = {
     "loss": "loss",
 }
 
+
+def fields_with(more: Mapping[str, str]) -> dict[str, str]:
+    """`FIELDS` with others after the first."""
+    first, *rest = FIELDS.items()
+    return dict([first, *more.items(), *rest])
+
+
 _PLAIN_LINES = 20  # in a whole run, where nothing can be redrawn
 _RECENT = 20  # updates from which the time left is estimated
 

@@ -67,10 +67,12 @@ async def _settle(awaitable: Awaitable[Any]) -> Outcome:
         return Outcome("raised", exception=exception)
 
 
-async def run_function(function: Callable[[], Any], timeout: float | None) -> Outcome:
+async def run_function(
+    function: Callable[[], Any], timeout: float | None, threads: Threads | None = None
+) -> Outcome:
     """Call in a daemon thread for at most `timeout` seconds; await what it returns if that is awaitable.
 
-    Time spent waiting for a free thread doesn't count.
+    Time spent waiting for a free thread doesn't count. By default it is one of the process's `THREADS`.
     """
     started_at = 0.0
 
@@ -80,7 +82,7 @@ async def run_function(function: Callable[[], Any], timeout: float | None) -> Ou
         return function()
 
     loop = asyncio.get_running_loop()
-    outcome = await THREADS.run(timed, timeout)
+    outcome = await (threads or THREADS).run(timed, timeout)
     if outcome.how != "returned" or not inspect.isawaitable(outcome.value):
         return outcome
     left = None if timeout is None else max(0.0, timeout - (loop.time() - started_at))

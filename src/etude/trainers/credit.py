@@ -32,7 +32,7 @@ def gae_credit(
     experience: Experience,
     scores_B: Tensor,
     *,
-    score_scale: float,
+    score_scale: Tensor | float,
     kl_coef: float,
     gamma: float,
     lam: float,
@@ -43,7 +43,7 @@ def gae_credit(
 
     r_t = −β·KL_t + [t is the last sampled token]·score (Ziegler et al. 2019, section 2.2); advantages by
     generalised advantage estimation (Schulman et al. 2016), carried across tokens that weren't sampled. What
-    of the score came at earlier tokens, in units of 1 / `score_scale`, is a reward there.
+    of the score came at earlier tokens, in units of 1 / `score_scale` (of all, or [B]), is a reward there.
     """
     mask_BN = experience.mask
     kl_rewards_BN = -kl_coef * experience.kl * mask_BN
@@ -78,14 +78,15 @@ def where_rewarded(experience: Experience) -> Tensor:
     return given_BN & experience.mask
 
 
-def token_rewards(experience: Experience, scores_B: Tensor, scale: float = 1.0) -> Tensor:
+def token_rewards(experience: Experience, scores_B: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """What was earned at each sampled token [B, N]: what of the score didn't come early comes at the end.
 
     Args:
         scores_B: the episodes' scores, perhaps divided by `scale`.
-        scale: by which early rewards are divided.
+        scale: by which early rewards are divided, of all episodes or of each [B].
     """
-    rewards_BN = early_rewards(experience) / scale
+    rewards_BN = early_rewards(experience)
+    rewards_BN = rewards_BN / torch.as_tensor(scale, device=rewards_BN.device).view(-1, 1)
     counts_B = experience.mask.sum(1)
     acting = counts_B > 0
     rewards_BN[acting, counts_B[acting] - 1] += (scores_B - rewards_BN.sum(1))[acting]

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from etude.data.batch import Trajectory
-from etude.environments.text import TextEnvironment
+from etude.environments.traits import temperatures_of
 from etude.errors import ConfigError
 from etude.math.counters import mix
 from etude.math.kl import KLKind
 from etude.math.masked import masked_mean
+from etude.protocols import Environment
 from etude.trainers.credit import early_rewards, gathered
 from etude.trainers.experience import Experience, Minibatch, UpdateLog
 from etude.trainers.group_config import GroupConfig
@@ -60,7 +61,7 @@ class GroupTrainer(PolicyTrainer):
     Args:
         model: a causal language model, with or without adapters; or a directory or hub id.
         args: the settings.
-        environment: what `train()` plays in; it scores the episodes, too.
+        environment: what `train()` plays in; it scores the episodes, too. Anything that can do both.
         train_dataset: tasks that `train()` learns from: rows, a `datasets` object, a file, a hub id.
         eval_dataset: validation tasks, by which the best checkpoint is chosen.
         test_dataset: held-out tasks, measured before and after; nothing is chosen by them.
@@ -86,7 +87,7 @@ class GroupTrainer(PolicyTrainer):
         model: PreTrainedModel | PeftModel | str | Path,
         args: GroupConfig,
         *,
-        environment: TextEnvironment | None = None,
+        environment: Environment | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         test_dataset: Any = None,
@@ -96,11 +97,12 @@ class GroupTrainer(PolicyTrainer):
     ) -> None:
         if not isinstance(args, self.config_class):
             raise ConfigError(f"args is a {type(args).__name__}; expected a {self.config_class.__name__}")
-        if environment is not None and environment.params.temperature != args.temperature:
-            raise ConfigError(
-                f"the environment samples at temperature {environment.params.temperature}, and the trainer "
-                f"learns from episodes of temperature {args.temperature}; set both to the same"
-            )
+        for name, temperature in temperatures_of(environment).items():
+            if temperature != args.temperature:
+                raise ConfigError(
+                    f"the environment {name}{' ' * bool(name)}samples at temperature {temperature}, and the "
+                    f"trainer learns from episodes of temperature {args.temperature}; set both to the same"
+                )
         if ref_model is not None and not args.beta:
             raise ConfigError("ref_model does nothing while beta is 0; set beta, or leave ref_model out")
         optimizer, lr_scheduler = optimizers
@@ -283,9 +285,7 @@ class GroupTrainer(PolicyTrainer):
     def _more_tasks(self, step: int, round: int, count: int) -> tuple[list[Mapping[str, Any]], list[int]]:
         """Tasks for `count` more groups, and seeds: by counters, so that a resumed run plays the same."""
         stream = mix(self.config.seed, _MORE, step, self.accelerator.process_index, round)
-        order = torch.randperm(len(self.train_rows), generator=torch.Generator().manual_seed(stream))
-        rows: list[Mapping[str, Any]] = [self.train_rows[int(order[i % len(order)])] for i in range(count)]
-        tasks = [row for row in rows for _ in range(self.plays)]
+        tasks = [task for task in self.tasks.some(count, stream) for _ in range(self.plays)]
         return tasks, [mix(stream, i) for i in range(len(tasks))]
 
 

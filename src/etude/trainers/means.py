@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+
+from etude.trainers.episode_metrics import Mean
 
 Sums = Mapping[str, tuple[Tensor | float, Tensor | float]]  # name → sum, and how many it is a sum of
 
@@ -45,3 +49,20 @@ class Means:
 
 def _precise(number: Tensor) -> Tensor:
     return number.float() if number.device.type == "mps" else number.double()
+
+
+def mean_over_processes(metrics: Mapping[str, Mean | float], accelerator: Accelerator) -> dict[str, float]:
+    """Mean over the processes that have a metric: one that sampled nothing lacks some.
+
+    What is a mean weighs as much as it is of, other numbers are all alike.
+    """
+    means = {name: m if isinstance(m, Mean) else Mean(m, 1) for name, m in metrics.items()}
+    if accelerator.num_processes == 1:
+        return {name: mean.value for name, mean in means.items()}
+    totals: dict[str, float] = defaultdict(float)
+    weights: dict[str, int] = defaultdict(int)
+    for theirs in gather_object([means]):
+        for name, mean in theirs.items():
+            totals[name] += mean.value * mean.of
+            weights[name] += mean.of
+    return {name: total / max(weights[name], 1) for name, total in totals.items()}

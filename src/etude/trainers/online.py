@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -21,52 +19,38 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.batch import Trajectory
-from etude.data.files import load_rows
+from etude.environments.mixed import by_environment
 from etude.environments.orchestrator import play_episodes
-from etude.environments.text import TextEnvironment
+from etude.environments.traits import max_length_of, parts_of
 from etude.errors import ConfigError, DataError
 from etude.math.counters import mix
 from etude.models.value_model import ValueModel
+from etude.protocols import Environment
 from etude.reporting.report import write_report
-from etude.reporting.terminal import TrainingDisplay
+from etude.reporting.terminal import TrainingDisplay, fields_with
 from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
 from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
-from etude.trainers.episode_metrics import episode_metrics
+from etude.trainers.episode_metrics import (
+    Mean,
+    environment_metrics,
+    episode_metrics,
+    measures_by_environment,
+)
 from etude.trainers.interrupt import interrupt_after
+from etude.trainers.means import mean_over_processes
 from etude.trainers.online_config import OnlineConfig
 from etude.trainers.setup import Policy
+from etude.trainers.summary import TrainSummary, store_measure
+from etude.trainers.tasks import Tasks, load_tasks
 from etude.types import Episode
 
-_TASKS, _EPISODES, _EVALUATION = 1, 2, 3  # names of random streams
-
-
-@dataclass(slots=True)
-class TrainSummary:
-    """What a run came to.
-
-    Attributes:
-        steps: iterations done, by this call and the ones it resumed.
-        before, after: success on the test tasks, before training and of the final weights; None without.
-        best_step, best: the validation's best iteration and success; None without validation tasks.
-        seconds: wall time of this call.
-        report: the page to look at.
-    """
-
-    steps: int
-    before: float | None
-    after: float | None
-    best_step: int | None
-    best: float | None
-    seconds: float
-    report: Path | None
+_EPISODES, _EVALUATION = 2, 3  # names of random streams; 1 is the order of tasks
 
 
 class OnlineTrainer(ABC):
@@ -79,7 +63,7 @@ class OnlineTrainer(ABC):
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
-    environment: TextEnvironment | None
+    environment: Environment | None
     train_dataset: Any
     eval_dataset: Any
     test_dataset: Any
@@ -127,6 +111,7 @@ class OnlineTrainer(ABC):
         display = TrainingDisplay(
             total,
             title=Path(run.path).name,
+            fields=fields_with({f"{name}/reward": name for name in self._parts}),
             enabled=self.accelerator.is_main_process and not self.config.disable_progress,
         )
         display.message(self.describe_batches())
@@ -168,7 +153,7 @@ class OnlineTrainer(ABC):
             ended = time.monotonic()
             metrics = self._average(
                 {
-                    **episode_metrics(episodes, config.success_reward),
+                    **episode_metrics(episodes, config.success_reward, self._parts),
                     **{name: value for name, value in stats.items() if isinstance(value, float)},
                     "tokens_per_second": sum(sum(e.sampled) for e in episodes) / (ended - started),
                     "time/rollout": played - started,
@@ -193,7 +178,9 @@ class OnlineTrainer(ABC):
 
     def trajectory(self, episode: Episode) -> Trajectory:
         """An episode as it is learned from, by what its reason to stop means."""
-        return Trajectory.of_episode(episode, self.config.policy_table)
+        trajectory = Trajectory.of_episode(episode, self.config.policy_table)
+        trajectory.environment = episode.environment if self._parts else ""
+        return trajectory
 
     def play(self, tasks: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Episode]:
         """Play one episode per task with the present weights."""
@@ -214,8 +201,8 @@ class OnlineTrainer(ABC):
             )
         seeds = [mix(self.config.seed, _EVALUATION, i) for i in indices]
         episodes = self.play([rows[i] for i in indices], seeds)
-        metrics = episode_metrics(episodes, self.config.success_reward)
-        return self._average(metrics, weight=len(episodes)), episodes
+        metrics = episode_metrics(episodes, self.config.success_reward, self._parts)
+        return {**environment_metrics(self._environment, episodes), **self._average(metrics)}, episodes
 
     def _measure(self, split: Split, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
         """Success on held-out tasks, on which nothing is selected."""
@@ -223,7 +210,7 @@ class OnlineTrainer(ABC):
             return
         metrics, episodes = self._evaluate(rows)
         if self.accelerator.is_main_process:
-            run.update_summary({split: metrics["success"]})
+            store_measure(run, split, metrics, self._parts)
             run.append_episodes(self.current_step, split, self._kept(episodes), self.tokenizer)
 
     def _validate(self, run: RunDirectory, display: TrainingDisplay) -> None:
@@ -240,7 +227,9 @@ class OnlineTrainer(ABC):
             run.append_episodes(step, "validation", self._kept(episodes), self.tokenizer)
         if better:
             self._save_checkpoint(run, best=success)
-        display.message(f"iteration {step}: validation success {success:.3f}")
+        each = measures_by_environment(metrics, self._parts).items()
+        shares = ", ".join(f"{name} {numbers['success']:.3f}" for name, numbers in each)
+        display.message(f"iteration {step}: validation success {success:.3f}" + f" ({shares})" * bool(shares))
 
     def _finish(self, run: RunDirectory, started: float) -> TrainSummary:
         """The best weights, their measure, the model, the report."""
@@ -258,16 +247,7 @@ class OnlineTrainer(ABC):
                 self.push_to_hub()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        summary = run.read_summary()
-        return TrainSummary(
-            steps=self.current_step,
-            before=summary.get("before"),
-            after=summary.get("after"),
-            best_step=summary.get("best_step"),
-            best=summary.get("best"),
-            seconds=seconds,
-            report=report,
-        )
+        return TrainSummary.of(run, self.current_step, seconds, report)
 
     @abstractmethod
     def save_model(self, output_dir: str | Path | None = None) -> None:
@@ -332,62 +312,50 @@ class OnlineTrainer(ABC):
             run.append_episodes(step, "train", self._kept(episodes), self.tokenizer)
 
     def _kept(self, episodes: Sequence[Episode]) -> Sequence[Episode]:
-        """Those that are written to the run directory."""
-        count = self.config.episodes_to_log
-        return episodes if count < 0 else episodes[:count]
+        """Those that are written to the run directory; of each environment some."""
+        count, own = self.config.episodes_to_log, by_environment(episodes, self._parts)
+        if count < 0 or len(own) < 2:
+            return episodes if count < 0 else episodes[:count]
+        share = -(-count // len(own))
+        return [episode for those in own.values() for episode in those[:share]][:count]
 
     def _report(self, run: RunDirectory) -> Path | None:
         return write_report(run.path) if self.accelerator.is_main_process else None
 
-    def _average(self, metrics: Mapping[str, float], weight: float = 1.0) -> dict[str, float]:
-        """Weighted mean over the processes that have a metric: one that sampled nothing lacks some."""
-        if self.accelerator.num_processes == 1:
-            return dict(metrics)
-        everyone = gather_object([(dict(metrics), weight)])
-        totals: dict[str, float] = defaultdict(float)
-        weights: dict[str, float] = defaultdict(float)
-        for theirs, share in everyone:
-            for name, value in theirs.items():
-                totals[name] += value * share
-                weights[name] += share
-        return {name: total / weights[name] for name, total in totals.items()}
+    def _average(self, metrics: Mapping[str, Mean | float]) -> dict[str, float]:
+        return mean_over_processes(metrics, self.accelerator)
+
+    @property
+    def _parts(self) -> Mapping[str, Environment]:
+        """The environments of a mixed run."""
+        return parts_of(self.environment)
 
     # Tasks.
 
     def _task(self, step: int, index: int) -> Mapping[str, Any]:
         """What the `index`-th episode of an iteration plays: tasks come in an order that is new each time."""
-        rows = self.train_rows
         played = step * self.config.batch_size * self.accelerator.num_processes + index
-        position = played // self.plays
-        epoch, place = divmod(position, len(rows))
-        return rows[self._order(epoch)[place]]
-
-    def _order(self, epoch: int) -> list[int]:
-        if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(mix(self.config.seed, _TASKS, epoch))
-            while len(self._orders) > 1:  # an iteration touches the epochs next to each other
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = torch.randperm(len(self.train_rows), generator=generator).tolist()
-        return self._orders[epoch]
+        return self.tasks.at(played // self.plays)
 
     @cached_property
-    def _orders(self) -> dict[int, list[int]]:
-        return {}
+    def tasks(self) -> Tasks:
+        """`train_rows` in the order in which they are played."""
+        return Tasks(self.train_rows, self.config.seed, self.environment)
 
     @cached_property
     def train_rows(self) -> list[dict[str, Any]]:
-        return _rows(self.train_dataset)
+        return load_tasks(self.train_dataset, self.environment, "train_dataset")
 
     @cached_property
     def eval_rows(self) -> list[dict[str, Any]]:
-        return _rows(self.eval_dataset)
+        return load_tasks(self.eval_dataset, self.environment, "eval_dataset")
 
     @cached_property
     def test_rows(self) -> list[dict[str, Any]]:
-        return _rows(self.test_dataset)
+        return load_tasks(self.test_dataset, self.environment, "test_dataset")
 
     @property
-    def _environment(self) -> TextEnvironment:
+    def _environment(self) -> Environment:
         if self.environment is None:
             raise ConfigError(
                 "train() needs an environment; pass environment= to the trainer, or call step()"
@@ -404,17 +372,10 @@ class OnlineTrainer(ABC):
             model,
             self.tokenizer,
             slots=self.config.slots,
-            max_length=None if self.environment is None else self.environment.max_length,
+            max_length=max_length_of(self.environment),
             cache_bytes=self.config.cache_bytes,
             keep_cache=self.config.keep_cache,
             autocast=self.accelerator.autocast,
             deterministic=self.config.deterministic,
             cuda_graphs=self.config.cuda_graphs,
         )
-
-
-def _rows(dataset: Any) -> list[dict[str, Any]]:
-    if dataset is None:
-        return []
-    loaded: Dataset = load_rows(dataset, column="prompt")
-    return [dict(row) for row in loaded]

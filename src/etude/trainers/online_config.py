@@ -38,7 +38,9 @@ class OnlineConfig(ABC):
     load_best_model_at_end: bool = setting(
         True, "with validation tasks, end with the best checkpoint's weights"
     )
-    success_reward: float = setting(1.0, "an episode with at least this reward counts as a success")
+    success_reward: float | dict[str, float] = setting(
+        1.0, "an episode with at least this reward counts as a success; in a mixed run perhaps by environment"
+    )
     episodes_to_log: int = setting(
         16, "episodes per iteration that are written to the run directory; -1: all"
     )

@@ -24,12 +24,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from etude.data.batch import Trajectory
-from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError
 from etude.math.kl import AdaptiveKLController, FixedKLController, KLController
 from etude.math.losses import aggregate, clipped_policy_loss, clipped_value_loss
-from etude.math.running import RunningMoments
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.with_value_head import ModelWithValueHead
+from etude.protocols import Environment
 from etude.runtime.run import RunDirectory
 from etude.trainers.clock import Clock
 from etude.trainers.columns import used_columns
@@ -39,6 +38,7 @@ from etude.trainers.experience import Minibatch, UpdateLog
 from etude.trainers.policy import PolicyTrainer
 from etude.trainers.ppo_config import PPOConfig
 from etude.trainers.ppo_stats import minibatch_stats, step_stats, without_reference
+from etude.trainers.score_scales import ScoreScales
 from etude.trainers.setup import empty_device_cache, with_value_head
 from etude.trainers.step_checks import check_batch, check_step, finite_score
 
@@ -54,7 +54,7 @@ class PPOTrainer(PolicyTrainer):
 
     Args:
         config: the settings.
-        model: with a value head; a plain causal model is given one. Beside a `value_model` it has none: one
+        model: with a value head; a plain language model is given one. Beside a `value_model` it has none: one
             that it came with is left out.
         ref_model: what the KL is measured to. By default a frozen copy of `model`; for a model with
             adapters, the same model with them switched off.
@@ -68,7 +68,7 @@ class PPOTrainer(PolicyTrainer):
             gets a fresh head), a value-head model, a reward model (a sequence classifier with one label,
             whose score becomes the value), a `ValueModel`, or the directory or hub id of one. It is trained
             beside the policy, and saved in `value_model` in the policy's directory.
-        environment: what `train()` plays in.
+        environment: what `train()` plays in: anything that can play and score.
         train_dataset: tasks that `train()` learns from: rows, a `datasets` object, a file, a hub id.
         eval_dataset: validation tasks, by which the best checkpoint is chosen.
         test_dataset: held-out tasks, measured before and after; nothing is chosen by them.
@@ -80,7 +80,7 @@ class PPOTrainer(PolicyTrainer):
     def __init__(
         self,
         config: PPOConfig,
-        model: AutoModelForCausalLMWithValueHead | PreTrainedModel | PeftModel | str,
+        model: ModelWithValueHead | PreTrainedModel | PeftModel | str,
         ref_model: nn.Module | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: Any = None,
@@ -90,7 +90,7 @@ class PPOTrainer(PolicyTrainer):
         lr_scheduler: Any = None,
         *,
         value_model: Any = None,
-        environment: TextEnvironment | None = None,
+        environment: Environment | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         test_dataset: Any = None,
@@ -124,14 +124,13 @@ class PPOTrainer(PolicyTrainer):
         )
         if critic is not None:
             check_vocabulary(critic, self.tokenizer)
-        self.is_encoder_decoder = False
         self._fill_in_config()
         self.kl_ctl: KLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
             if config.adap_kl_ctrl
             else FixedKLController(config.init_kl_coef)
         )
-        self.running = RunningMoments()
+        self.score_scales = ScoreScales(self.accelerator)
         self.highest_reward = -math.inf
         self.dataset = dataset
         self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
@@ -146,7 +145,7 @@ class PPOTrainer(PolicyTrainer):
         """Observe the batch, give each token its credit, and go through it `ppo_epochs` times."""
         check_batch(trajectories)
         config, clock, order = self.config, Clock(), self._shuffles()
-        scores_B, score_scale = self._scaled([trajectory.score for trajectory in trajectories])
+        scores_B, score_scale_B = self._scaled(trajectories)
         clock.lap("compute_rewards")
         experience = self.learner.observe(trajectories, order)
         clock.lap("forward_pass")
@@ -154,7 +153,7 @@ class PPOTrainer(PolicyTrainer):
         credit = gae_credit(
             experience,
             scores_B,
-            score_scale=score_scale,
+            score_scale=score_scale_B,
             kl_coef=kl_coef,
             gamma=config.gamma,
             lam=config.lam,
@@ -240,17 +239,18 @@ class PPOTrainer(PolicyTrainer):
         sums = self.accelerator.reduce(torch.tensor([total, tokens], device=self.current_device), "sum")
         return bool(sums[0] > 1.5 * self.config.target_kl * sums[1])
 
-    def _scaled(self, scores: list[float]) -> tuple[Tensor, float]:
-        """Scores [B] after scaling, normalisation and clipping; and what they were divided by."""
-        config, scale = self.config, 1.0
+    def _scaled(self, trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor]:
+        """Scores [B] after scaling, normalisation and clipping; and what they were divided by [B]."""
+        config = self.config
+        scores = [trajectory.score for trajectory in trajectories]
         scores_B = torch.tensor(scores, dtype=torch.float32, device=self.current_device)
+        scale_B = torch.ones_like(scores_B)
         if config.use_score_scaling:
-            self.running.update(self.accelerator.gather(scores_B))
-            scale = self.running.std + torch.finfo(scores_B.dtype).eps
-            scores_B = (scores_B - self.running.mean if config.use_score_norm else scores_B) / scale
+            mean_B, scale_B = self.score_scales.update([t.environment for t in trajectories], scores_B)
+            scores_B = (scores_B - mean_B if config.use_score_norm else scores_B) / scale_B
         if config.score_clip is not None:
             scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
-        return scores_B, scale
+        return scores_B, scale_B
 
     # TRL 0.7.4's surface.
 
@@ -264,22 +264,25 @@ class PPOTrainer(PolicyTrainer):
         """One PPO step on responses that the current policy sampled at `config.temperature`.
 
         Args:
-            queries, responses: token ids [q], [r], `config.batch_size` of each.
+            queries, responses: token ids [q], [r], `config.batch_size` of each. An encoder–decoder's encoder
+                reads the query; its response begins with its decoder's start tokens, as `generate` gives it.
             scores: one number per response.
-            response_masks: [r] each, 1 for tokens that the policy sampled; all of them by default.
+            response_masks: [r] each, 1 for tokens that the policy sampled; by default all of them but a
+                decoder's start tokens.
 
         Returns:
             Statistics under TRL 0.7.4's keys.
 
         Raises:
-            DataError: a list has the wrong length or type.
+            DataError: a list has the wrong length or type, or a response doesn't begin as it has to.
             RewardError: a score is NaN or infinite.
         """
         check_step(self.config.batch_size, queries, responses, scores, response_masks)
         values = [finite_score(score, i) for i, score in enumerate(scores)]
         masks: Sequence[Tensor | None] = response_masks or [None] * len(queries)
+        starts = self.starts
         trajectories = [
-            Trajectory.of_response(query.cpu(), response.cpu(), value, mask)
+            Trajectory.of_response(query, response, value, mask, starts)
             for query, response, value, mask in zip(queries, responses, values, masks, strict=True)
         ]
         stats = self.learn(trajectories)
@@ -345,13 +348,13 @@ class PPOTrainer(PolicyTrainer):
     def state_dict(self) -> dict[str, Any]:
         return {
             "kl_controller": self.kl_ctl.state_dict(),
-            "running": self.running.state_dict(),
+            "score_scales": self.score_scales.state_dict(),
             "highest_reward": None if math.isinf(self.highest_reward) else self.highest_reward,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.kl_ctl.load_state_dict(state["kl_controller"])
-        self.running.load_state_dict(state["running"])
+        self.score_scales.load_state_dict(state["score_scales"])
         self.highest_reward = -math.inf if state["highest_reward"] is None else state["highest_reward"]
 
     # Set-up.

@@ -43,7 +43,11 @@ class PPOConfig(OnlineConfig):
     )
     target: float = setting(6.0, "KL per episode that the adaptive controller aims at")
     horizon: float = setting(10_000, "episodes over which the adaptive controller reacts")
-    use_score_scaling: bool = setting(False, "divide scores by their running standard deviation")
+    use_score_scaling: bool = setting(
+        False,
+        "divide scores by their running standard deviation; in a mixed run each environment's by its own, so "
+        "that none drowns the others by its scale",
+    )
     use_score_norm: bool = setting(False, "also subtract their running mean (needs use_score_scaling)")
     score_clip: float | None = setting(None, "clip scores to ± this; none: don't")
     ratio_threshold: float = setting(10.0, "skip mini-batches whose mean policy ratio exceeds this")

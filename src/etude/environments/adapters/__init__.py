@@ -1,0 +1,1 @@
+"""Other people's environments: TRL's duck type, Gymnasium, OpenEnv, verifiers."""
