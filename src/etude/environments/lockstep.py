@@ -51,7 +51,9 @@ class Lockstep(ABC):
     async def _answer(self, episode: Episode, parsed: ParsedTurn) -> list[Reply]: ...
 
     @abstractmethod
-    def _append(self, episode: Episode, answer: Sequence[Segment], limit: int) -> None: ...
+    def _append(
+        self, episode: Episode, answer: Sequence[Segment], limit: int, heard: Sequence[str] = ()
+    ) -> None: ...
 
     def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
         """Sample one turn for each history that isn't completed.
