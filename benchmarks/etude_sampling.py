@@ -13,12 +13,13 @@ from random import Random
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import workload
 from benchmarks.common import Answer, Stopwatch, serve
 from benchmarks.scripted import describe
 from etude.models.compiled import compile_layers
+from etude.models.loading import load_language_model
 from etude.models.packing import supports_packing
 from etude.sampling.local import LocalSampler
 from etude.sampling.session import LocalSession
@@ -38,13 +39,15 @@ def play(
             for number, turn in enumerate(turns):
                 if number:
                     await asyncio.sleep(request["tool_ms"] / 1000)
-                result = await session.sample(turn.given, SamplingParams(max_new_tokens=turn.length))
+                given = sampler.decoder_start or turn.given
+                result = await session.sample(given, SamplingParams(max_new_tokens=turn.length))
                 sampled.append(result.token_ids)
             session.close()
             return sampled
 
         async def every() -> list[list[list[int]]]:
-            sessions = (sampler.session(seed=number) for number in range(len(episodes)))
+            sources = [turns[0].given if sampler.decoder_start else () for turns in episodes]
+            sessions = (sampler.session(seed=i, source_ids=ids) for i, ids in enumerate(sources))
             return list(await asyncio.gather(*map(one, sessions, episodes)))
 
         played = asyncio.run(every())
@@ -103,7 +106,7 @@ def memory(model: PreTrainedModel, request: dict[str, Any]) -> dict[str, Any]:
 
 def start(checkpoint: str, device: str, compiled: bool) -> tuple[dict[str, Any], Answer]:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+    model = load_language_model(checkpoint, dtype="auto").to(device).eval()
     if compiled:
         assert supports_packing(model)
         compile_layers(model)

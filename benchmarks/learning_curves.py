@@ -60,13 +60,14 @@ def panel(name: str, seeds: Sequence[Json], left: float) -> str:
     for share in (0, 0.5, 1):
         label = f"{share * end:g}" + (" s" if share == 1 else "")
         parts.append(f'<text x="{WIDTH * share}" y="{HEIGHT + 18}" text-anchor="middle">{label}</text>')
-    for number, ((side, lines), colour) in enumerate(zip(curves.items(), COLOURS, strict=True)):
+    x = 0  # of the next name
+    for (side, lines), colour in zip(curves.items(), COLOURS, strict=True):
         for line in lines:
             parts.append(polyline(map(place, line), colour, "1", ".35"))
         parts.append(polyline(map(place, averaged(lines)), colour, "2.5", "1"))
-        x = number * 90
         parts.append(f'<path d="M{x} -10h16" stroke="{colour}" stroke-width="2.5"/>')
         parts.append(f'<text x="{x + 21}" y="-6">{NAMES[side]}</text>')
+        x += max(90, 36 + 7 * len(NAMES[side]))
     return "\n".join([*parts, "</g>"])
 
 

@@ -16,6 +16,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
 from benchmarks import common, workload
 from benchmarks.common import Json, Options, Row, Side
 from benchmarks.peers import install
@@ -48,7 +57,13 @@ def vllm_side(checkpoint: Path) -> Side:
     return Side("vllm", python, module, str(checkpoint), "--slots", str(SLOTS), environment=environment)
 
 
-def engines(options: Options, *, peer: Callable[[Path], Side], tuned: bool) -> Json:
+def engines(
+    options: Options,
+    *,
+    peer: Callable[[Path], Side],
+    tuned: bool,
+    make_model: Callable[[], Path] = make_checkpoint,
+) -> Json:
     """Tokens per second over a whole workload, ours over the peer's.
 
     Args:
@@ -56,7 +71,7 @@ def engines(options: Options, *, peer: Callable[[Path], Side], tuned: bool) -> J
     """
     shape = replace(SHAPE, episodes=SHAPE.episodes // 10) if options.quick else SHAPE
     few = replace(WARM_UP, episodes=16) if options.quick else WARM_UP
-    checkpoint = make_checkpoint()
+    checkpoint = make_model()
     with ExitStack() as stack:
         sides = [stack.enter_context(side) for side in (our_side(checkpoint), peer(checkpoint))]
         common.check_comparable(*sides)
@@ -132,12 +147,49 @@ def decode_both(options: Options, rows: int, history: int, steps: int) -> tuple[
         return answers, {side.name: side.about for side in sides}
 
 
+def make_encoder_decoder(family: str) -> Path:
+    """An untrained T5 or BART of some 11 million parameters, with the tokenizer of the others."""
+    path = common.RESULTS / "models" / f"{family}-11m"
+    if not (path / "config.json").is_file():
+        torch.manual_seed(0)
+        model = {"t5": _t5, "bart": _bart}[family]()
+        model.save_pretrained(path)
+        AutoTokenizer.from_pretrained(make_checkpoint()).save_pretrained(path)
+    return path
+
+
+def _t5() -> T5ForConditionalGeneration:
+    layers = {"num_layers": 4, "num_heads": 4, "d_kv": 64, "d_model": 256, "d_ff": 1024}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **layers))
+
+
+def _bart() -> BartForConditionalGeneration:
+    layers = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in {"layers": 4, "attention_heads": 4, "ffn_dim": 1024}.items()
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    config = BartConfig(vocab_size=VOCABULARY, d_model=256, max_position_embeddings=256, **layers, **ids)
+    config.forced_bos_token_id = config.forced_eos_token_id = None
+    return BartForConditionalGeneration(config)
+
+
 ROWS: dict[str, Row] = {
     "sample_generate": partial(engines, peer=partial(transformers_side, "generate"), tuned=True),
     "sample_generate_batch": partial(engines, peer=partial(transformers_side, "generate_batch"), tuned=True),
     "sample_vllm": partial(engines, peer=vllm_side, tuned=False),
     "sample_bare": steady,
     "history_growth": history_growth,
+    **{
+        name: partial(
+            engines,
+            peer=partial(transformers_side, "generate"),
+            tuned=True,
+            make_model=partial(make_encoder_decoder, family),
+        )
+        for name, family in {"seq2seq_generate": "t5", "seq2seq_generate_bart": "bart"}.items()
+    },
 }
 
 if __name__ == "__main__":

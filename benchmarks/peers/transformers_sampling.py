@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     ContinuousBatchingConfig,
     GenerationConfig,
     PreTrainedModel,
@@ -80,6 +82,8 @@ class Generate:
         padding = [width - len(history) for history in histories]
         ids = [[0] * n + history for n, history in zip(padding, histories, strict=True)]
         mask = [[0] * n + [1] * len(history) for n, history in zip(padding, histories, strict=True)]
+        if self.model.config.is_encoder_decoder:
+            width = 1  # what comes back begins with the decoder's start
         ends_B = width + torch.tensor(lengths, device=device)
         output = self.model.generate(
             torch.tensor(ids, device=device),
@@ -181,7 +185,9 @@ def decode(model: PreTrainedModel, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(checkpoint: str, way: str, device: str) -> tuple[dict[str, Any], Answer]:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+    config = AutoConfig.from_pretrained(checkpoint)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_pretrained(checkpoint, dtype="auto").to(device).eval()
     about = describe(model)
     if way == "bare":
         return about, lambda request: decode(model, request)

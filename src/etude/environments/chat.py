@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from etude.data.messages import Messages, task_messages
 from etude.environments.chat_protocol import ChatProtocol, Rewrites
+from etude.environments.model_user import ModelUser
 from etude.environments.text import TextEnvironment
+from etude.environments.user import User
 from etude.errors import EnvironmentSetupError
 
 
@@ -33,12 +35,13 @@ class ChatEnvironment(TextEnvironment):
         model, tokenizer: as `TextEnvironment` takes them; the tokenizer has a chat template.
         tools: what the template shows the model, and what it may call. A turn may call several.
         system: a system message for conversations that begin without one.
-        user: who answers a turn that calls no tool, as `TextEnvironment` takes it; a model by `ModelUser`.
+        user: who answers a turn that calls no tool, as `TextEnvironment` takes it; a `ModelUser`, or a
+            mapping of what `ModelUser.load` takes ({"model": a place, "system": who it is}).
         template_kwargs: what the template takes besides messages and tools (`enable_thinking`).
         rewrites: what to do about a template that shows earlier turns otherwise once a conversation goes on
             (Qwen3's drops thoughts): "refuse" it, before anything is played, or "keep" what the model has
             read and said as it was.
-        settings: of `TextEnvironment`: `rewards`, `max_turns`, `max_length`, `generation_kwargs`, …
+        options: of `TextEnvironment`: `rewards`, `max_turns`, `max_length`, `generation_kwargs`, …
 
     Raises:
         DataError: the tokenizer has no chat template.
@@ -53,14 +56,17 @@ class ChatEnvironment(TextEnvironment):
         tools: Mapping[str, Any] | Sequence[Any] | None = None,
         *,
         system: str | None = None,
+        user: User | Sequence[str] | Mapping[str, Any] | str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         rewrites: Rewrites = "refuse",
-        **settings: Any,
+        **options: Any,
     ) -> None:
         if tokenizer is None:
             raise EnvironmentSetupError("ChatEnvironment needs the model's tokenizer, with its chat template")
         protocol = ChatProtocol(tokenizer, tools, template_kwargs=template_kwargs, rewrites=rewrites)
-        super().__init__(model, tokenizer, tools, protocol=protocol, **settings)
+        if isinstance(user, Mapping):
+            user = ModelUser.load(**user)
+        super().__init__(model, tokenizer, tools, protocol=protocol, user=user, **options)
         if self.prompt:
             raise EnvironmentSetupError("a conversation has no prompt before its messages; use system=")
         self.system = system

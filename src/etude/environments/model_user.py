@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,7 @@ from etude.environments.chat_protocol import ChatProtocol
 from etude.environments.tags import Framing, Reply
 from etude.errors import EnvironmentSetupError
 from etude.math.counters import mix
+from etude.models.loading import load_causal_lm, load_tokenizer
 from etude.protocols import Sampler, Session
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import sampling_params
@@ -88,6 +91,14 @@ class ModelUser:
         settings = {"eos_token_id": [i for i in ends if i is not None], **(generation_kwargs or {})}
         self.params = sampling_params(settings, tokenizer)
         self._talks: dict[int, _Talk] = {}
+
+    @classmethod
+    def load(cls, model: str | PathLike[str], *, system: str, **settings: Any) -> ModelUser:
+        """A user whose model and tokenizer are loaded from a directory or hub id; `settings` as above."""
+        loaded = load_causal_lm(
+            model, device="cuda" if torch.cuda.is_available() else None, is_trainable=False
+        )
+        return cls(loaded, load_tokenizer(model), system=system, **settings)
 
     async def __call__(self, episode: Episode) -> str | None:
         heard = spoken(episode.last_model_text).strip()

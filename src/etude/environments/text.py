@@ -241,6 +241,11 @@ class TextEnvironment(Lockstep):
         if not start:
             episode.append(prompt)
             return sampler.session(seed=episode.seed)
+        if self.protocol.end_ids:
+            raise EnvironmentSetupError(
+                "the model is an encoder–decoder, whose decoder doesn't go on from its prompt; a chat "
+                "template needs a decoder that does"
+            )
         source_ids = encode_source(self.tokenizer, prompt.text)
         episode.append(Segment("prompt", prompt.text, source_ids, encoder=True))
         episode.append(Segment("environment", "", list(start)))
