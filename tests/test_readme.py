@@ -89,12 +89,15 @@ def test_rewards(names, make_llama):
         scored |= {given.name for given in history.episode.rewards}
     assert scored == {
         *("exact", "brevity", "classifier", "no_repetition", "dislikes"),
-        *("tool_errors", "overlong", "share"),
+        *("tool_errors", "overlong", "share", "chrf", "length_penalty"),
     }
 
 
 def test_rewards_on_the_command_line(names):
     [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/rewards.md").read_text("utf-8"), re.DOTALL)
     Path("rewards.py").write_text("def exact(completions): ...\n", encoding="utf-8")
-    found = [as_reward(load_object(reference)).name for reference in yaml.safe_load(text)["reward"]]
-    assert found == ["exact", "tool_errors", "overlong"]
+    found = [
+        as_reward(load_object(reference, "etude.rewards")).name
+        for reference in yaml.safe_load(text)["reward"]
+    ]
+    assert found == ["exact", "tool_errors", "overlong", "chrf", "length_penalty"]

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AdapterReward": "etude.rewards.adapter",
     "AutoModelForCausalLMWithValueHead": "etude.models.value_head",
+    "AutoModelForSeq2SeqLMWithValueHead": "etude.models.value_head",
     "average_models": "etude.models.averaging",
     "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
@@ -31,6 +32,7 @@ _EXPORTS = {
     "Evaluation": "etude.evaluation.evaluate",
     "Experience": "etude.trainers.experience",
     "FunctionReward": "etude.rewards.function",
+    "GenerationEnvironment": "etude.environments.generation",
     "GroupConfig": "etude.trainers.group_config",
     "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
@@ -43,6 +45,7 @@ _EXPORTS = {
     "LengthSampler": "etude.sampling.lengths",
     "LocalSampler": "etude.sampling.local",
     "merge_adapters": "etude.models.merging",
+    "metric_reward": "etude.rewards.metrics",
     "Minibatch": "etude.trainers.experience",
     "MixedEnvironment": "etude.environments.mixed",
     "ModelReward": "etude.rewards.model",
@@ -75,10 +78,13 @@ _EXPORTS = {
     "SFTTrainer": "etude.trainers.sft",
     "SimPOConfig": "etude.trainers.preference_config",
     "SimPOTrainer": "etude.trainers.simpo",
+    "SingleTurnEnvironment": "etude.environments.single_turn",
     "StopReason": "etude.types",
+    "SummarizationEnvironment": "etude.environments.summarization",
     "TextEnvironment": "etude.environments.text",
     "TextHistory": "etude.environments.history",
     "ToolErrorPenalty": "etude.rewards.tool_errors",
+    "TranslationEnvironment": "etude.environments.translation",
     "ValueModel": "etude.models.value_model",
     "WordDrop": "etude.data.noise",
 }
@@ -95,10 +101,14 @@ if TYPE_CHECKING:
     from etude.data.noise import WordDrop as WordDrop
     from etude.data.selection import Selection as Selection
     from etude.environments.best_of_n import BestOfN as BestOfN
+    from etude.environments.generation import GenerationEnvironment as GenerationEnvironment
     from etude.environments.history import TextHistory as TextHistory
     from etude.environments.mixed import MixedEnvironment as MixedEnvironment
     from etude.environments.rejection import sample_dataset as sample_dataset
+    from etude.environments.single_turn import SingleTurnEnvironment as SingleTurnEnvironment
+    from etude.environments.summarization import SummarizationEnvironment as SummarizationEnvironment
     from etude.environments.text import TextEnvironment as TextEnvironment
+    from etude.environments.translation import TranslationEnvironment as TranslationEnvironment
     from etude.errors import EtudeError as EtudeError
     from etude.evaluation.evaluate import Evaluation as Evaluation
     from etude.evaluation.evaluate import evaluate as evaluate
@@ -106,11 +116,15 @@ if TYPE_CHECKING:
     from etude.models.merging import merge_adapters as merge_adapters
     from etude.models.reference import create_reference_model as create_reference_model
     from etude.models.value_head import AutoModelForCausalLMWithValueHead as AutoModelForCausalLMWithValueHead
+    from etude.models.value_head import (
+        AutoModelForSeq2SeqLMWithValueHead as AutoModelForSeq2SeqLMWithValueHead,
+    )
     from etude.models.value_model import ValueModel as ValueModel
     from etude.rewards.adapter import AdapterReward as AdapterReward
     from etude.rewards.classifier import ClassifierReward as ClassifierReward
     from etude.rewards.function import FunctionReward as FunctionReward
     from etude.rewards.function import reward as reward
+    from etude.rewards.metrics import metric_reward as metric_reward
     from etude.rewards.model import ModelReward as ModelReward
     from etude.rewards.overlong import OverlongPenalty as OverlongPenalty
     from etude.rewards.process import ProcessReward as ProcessReward

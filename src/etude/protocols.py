@@ -45,7 +45,12 @@ class Sampler(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Tokens that one session can hold; an encoder's source may have as many beside them."""
+        """Tokens that one session can hold, an encoder's source not counted."""
+        ...
+
+    @property
+    def max_source_length(self) -> int:
+        """Tokens that an encoder–decoder's encoder reads at most; 0 for a decoder alone."""
         ...
 
     @property

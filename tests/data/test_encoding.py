@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import LlamaTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from etude.data.encoding import (
+    beginning,
     bos_ids,
     control_tokens,
     encode_after,
@@ -72,6 +73,16 @@ def unigram() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", extra_special_tokens=["<extra>"]
     )
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """BERT's way: lower case, no spaces."""
+    words = ["[UNK]", "the", "cat", "mat", "'", "s", "##s", *"abcdefghijklmnopqrstuvwxyz0123456789+?<>"]
+    backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=True)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
 
 
 class Characters(PreTrainedTokenizer):
@@ -323,3 +334,46 @@ def test_a_vocabulary_without_an_unknown_token_is_refused():
     backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
     with pytest.raises(ModelError, match="no unknown token"):
         encode_plain(PreTrainedTokenizerFast(tokenizer_object=backend), "b")
+
+
+WORD_PIECES = word_pieces()
+
+
+def reading(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@given(texts, st.integers(1, 12))
+@settings(deadline=None)
+def test_a_beginning_is_the_text_s_and_reads_as_its_first_tokens(text, count):
+    shown = beginning(BYTE_LEVEL, text, count)
+    assert text.startswith(shown)
+    ids, whole = reading(BYTE_LEVEL, shown), reading(BYTE_LEVEL, text)
+    assert ids == whole[: len(ids)]
+    assert min(count, len(whole)) - 3 <= len(ids) <= count + 3, "but for tokens within a character"
+    if text.isascii():
+        assert len(ids) == min(count, len(whole))
+
+
+def test_beginnings():
+    assert beginning(BYTE_LEVEL, "what   is", 3) == "what  "
+    assert reading(BYTE_LEVEL, "what   is")[:3] == reading(BYTE_LEVEL, "what  ")
+    assert beginning(BYTE_LEVEL, "is 🦊", 4) == "is ", "three bytes of four are no fox"
+    assert beginning(WORDS, "12+34", 3) == "12+"
+    assert beginning(WORDS, "12", 3) == "12"
+    assert beginning(LLAMA, "ab cd ef", 4) == "ab c"
+    assert beginning(Characters(), "bade", 2) == "ba"
+    # Decoded, these read otherwise than they were written.
+    assert beginning(WORD_PIECES, "The  Cat's  Mat", 3) == "The  Cat'"
+    assert WORD_PIECES.decode(reading(WORD_PIECES, "The  Cat's")) == "the cat ' s"
+    assert beginning(UNIGRAM, "sex  tax", 4) == "sex"
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, WORDS, LLAMA, WORD_PIECES])
+def test_a_beginning_has_so_many_tokens(tokenizer):
+    text = "ab <b> ed? 12+34"
+    lengths = [len(reading(tokenizer, beginning(tokenizer, text, count))) for count in range(1, 8)]
+    assert lengths == [1, 2, 3, 4, 5, 6, 7]
+    assert tokenizer.decode(reading(tokenizer, beginning(tokenizer, text, 7))) == tokenizer.decode(
+        reading(tokenizer, text)[:7]
+    )

@@ -120,3 +120,31 @@ def test_every_token_is_where_the_layout_says(sequences, share):
     flat = torch.cat(layout.pieces) if layout.pieces else torch.empty(0)
     for i, sequence in enumerate(sequences):
         assert torch.equal(flat[layout.flat(i, torch.arange(len(sequence)))], sequence)
+
+
+def test_passes_of_sources_hold_what_has_the_same_one():
+    """What answers begin with is not shared, and a source that only begins like another is another."""
+    source, longer, short = [8] * 20, [*[8] * 20, 9], [5]
+    sources = tensors([source, short, longer, source, source, short])
+    answers = tensors([[2, 3, 4], [2, 3], [2], [2, 3, 4], [2, 3, 4], [2, 3]])
+    assert into_passes(answers, 6, sources=sources) == [[0, 3, 4, 1, 5, 2]]
+    # 20 for the source and 3 for each answer; a source counts anew in each pass.
+    assert into_passes(answers, 6, 26, sources=sources) == [[0, 3], [4, 1], [5, 2]]
+    assert into_passes(answers, 6, 25, sources=sources) == [[0], [3], [4], [1, 5], [2]]
+    assert into_passes(answers, 2, sources=sources) == [[0, 3], [4, 1], [5, 2]]
+    assert into_passes(answers, 6, 30, share=False, sources=sources) == [[0, 1], [2], [3], [4, 5]]
+    assert into_passes([], 4, sources=[]) == []
+
+
+@given(SEQUENCES, st.integers(1, 4), st.none() | st.integers(1, 20))
+def test_passes_of_sources_within_their_bounds(answers, size, limit):
+    sources = [[i % 3] * (1 + i % 3) for i in range(len(answers))]
+    passes = into_passes(tensors(answers), size, limit, sources=tensors(sources))
+    assert sorted(i for group in passes for i in group) == list(range(len(answers)))
+    for group in passes:
+        read = {tuple(sources[i]) for i in group}
+        tokens = sum(map(len, read)) + sum(len(answers[i]) for i in group)
+        assert len(group) <= size
+        assert limit is None or tokens <= limit or len(group) == 1
+    order = [tuple(sources[i]) for group in passes for i in group]
+    assert sum(a != b for a, b in pairwise(order)) == max(len(set(order)) - 1, 0), "the same lie together"

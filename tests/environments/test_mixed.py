@@ -7,6 +7,7 @@ from etude.environments.best_of_n import BestOfN
 from etude.environments.mixed import MixedEnvironment
 from etude.environments.rejection import sample_dataset
 from etude.environments.text import TextEnvironment
+from etude.environments.traits import metrics_of
 from etude.errors import ConfigError, DataError, EnvironmentSetupError, RewardError
 from etude.evaluation.evaluate import evaluate
 from etude.protocols import Environment
@@ -162,6 +163,25 @@ def test_what_cannot_be_mixed(parts, make_llama, tokenizer):
 def test_weights_that_are_none(parts, weights, match):
     with pytest.raises(EnvironmentSetupError, match=match):
         MixedEnvironment(parts, weights)
+
+
+class Counting(TextEnvironment):
+    def metrics(self, episodes):
+        return {"played": float(len(episodes))}
+
+
+def test_what_environments_say_of_all_their_episodes(parts, tokenizer):
+    mixed = MixedEnvironment(parts)
+    assert metrics_of(mixed) is None
+    assert metrics_of(parts["words"]) is None
+    assert metrics_of(parts["echo"]) is None
+    counting = MixedEnvironment({**parts, "words": Counting(parts["words"].model, tokenizer, rewards=vowels)})
+    episodes = run_sync(counting.run_episodes(TASKS))
+    assert metrics_of(counting)(episodes) == {"words/played": 2.0}
+    measures = evaluate(counting, TASKS).measures["clean"]
+    assert measures["words/played"].value == 2.0
+    assert measures["echo/reward"].value > 0
+    assert "echo/success" in measures
 
 
 def test_best_of_n_of_any_environment(mixed, parts, tokenizer):

@@ -1,12 +1,14 @@
 """Episodes made by hand, and what they come to."""
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from etude.evaluation.measures import compare, measure
 from etude.evaluation.tally import tally
-from etude.math.intervals import bootstrap, rate_difference, rate_interval
+from etude.math.intervals import bootstrap, jackknife, rate_difference, rate_interval
 from etude.types import Episode, NamedReward, Segment, StopReason, ToolCall
 
 
@@ -109,3 +111,79 @@ def test_nothing_was_played():
     assert measures["stop/infrastructure"].value == 1
     assert math.isnan(measures["success"].value)
     assert math.isnan(measures["reward"].value)
+
+
+def doubles(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_what_an_environment_says_of_all_episodes():
+    """Σ rewards² is no mean: without a group of tasks it is what it is without them."""
+
+    def squares(episodes):
+        return {"squares": sum(each.reward**2 for each in episodes), "count": float(len(episodes))}
+
+    found = tally(EPISODES, success_reward=1.0, metrics=squares)
+    assert found.wholes["squares"].value == 1 + 1 + 1 + 0.25
+    assert found.wholes["squares"].without_G.tolist() == [2.25, 1.25, 3.0], "what our side lost isn't there"
+    assert found.wholes["count"].without_G.tolist() == [3, 3, 4]
+    assert measure(found)["squares"] == jackknife(3.25, doubles(2.25, 1.25, 3.0))
+    other = tally([EPISODES[1]] * 3, success_reward=1.0, metrics=squares)
+    difference = jackknife(3.25 - 6, doubles(2.25 - 4, 1.25 - 4, 3.0 - 4))
+    assert compare(found, other)["squares"] == difference
+    assert "squares" not in compare(found, tally(EPISODES, success_reward=1.0))
+
+
+def test_many_tasks_leave_in_groups():
+    calls = []
+
+    def counted(episodes):
+        calls.append(len(episodes))
+        return {"mean": sum(each.reward for each in episodes) / len(episodes)}
+
+    tasks = [[episode(reward=float(i % 7))] for i in range(90)]
+    found = tally(tasks, success_reward=1.0, metrics=counted)
+    assert calls == [90, *[85] * 10, *[86] * 10], "tasks 0, 20, 40, 60 and 80 leave together"
+    rest = [i % 7 for i in range(90) if i % 20 != 3]
+    assert found.wholes["mean"].without_G[3] == pytest.approx(sum(rest) / len(rest))
+    interval, means = measure(found)["mean"], measure(found)["reward"]
+    assert interval.value == pytest.approx(means.value)
+    assert 0.5 < (interval.high - interval.low) / (means.high - means.low) < 2, "about the bootstrap's"
+
+
+def test_metrics_of_nothing_and_of_one_task():
+    def mean(episodes):
+        return {"mean": sum(each.reward for each in episodes) / len(episodes)}
+
+    lost = [[episode(stop=StopReason.INFRASTRUCTURE)]] * 2
+    assert tally(lost, success_reward=1.0, metrics=mean).wholes == {}
+    assert tally(EPISODES, success_reward=1.0, metrics=lambda episodes: {}).wholes == {}
+    one = measure(tally([[episode(reward=2.0)]], success_reward=1.0, metrics=mean))["mean"]
+    assert one.value == 2
+    assert math.isnan(one.low)
+    partly = measure(tally([lost[0], [episode(reward=2.0)]], success_reward=1.0, metrics=mean))["mean"]
+    assert (partly.value, math.isnan(partly.low)) == (2, True)
+
+
+def test_each_environment_of_a_mixed_one_by_itself():
+    def played(environment, reward):
+        return replace(episode(), task={"environment": environment}, rewards=[NamedReward("exact", reward)])
+
+    tasks = [
+        [played("sums", 1.0), played("sums", 0.0)],
+        [played("words", 0.5), played("words", 0.75)],
+        [played("words", 0.0), played("words", 0.25)],
+    ]
+    found = tally(
+        tasks, success_reward={"sums": 1.0, "words": 0.5}, pass_at=[2], environments=["sums", "words"]
+    )
+    assert found.rates["success"].sums_N.tolist() == [1, 2, 0]
+    assert found.rates["sums/success"].sums_N.tolist() == [1, 0, 0]
+    assert found.rates["sums/success"].counts_N.tolist() == [2, 0, 0]
+    assert found.rates["words/pass@2"].counts_N.tolist() == [0, 1, 1]
+    assert found.means["words/reward"].sums_N.tolist() == [0, 1.25, 0.25]
+    assert found.means["words/rewards/exact"].counts_N.tolist() == [0, 2, 2]
+    measures = measure(found)
+    assert measures["words/success"].value == measures["sums/success"].value == 0.5
+    assert measures["words/reward"].value == 0.375
+    assert measures["words/reward"].low < 0.375 < measures["words/reward"].high

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.support.encoder_decoders import FAMILIES, make
+from tests.support.encoder_decoder_families import FAMILIES, make
 
 from etude.errors import ModelError
 from etude.models.encoder_decoder import decoder_start_ids, decodes_packed, encode

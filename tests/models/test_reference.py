@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from encoder_decoders import make_seq2seq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,7 +22,10 @@ from transformers import (
 from etude.errors import ModelError
 from etude.models.adapters import add_adapter, lora_config
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.value_head import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+)
 from etude.models.wrappers import trunk_of
 
 LAYERS, TOKENS = 3, torch.tensor([[3, 9, 27, 4, 8], [5, 25, 1, 7, 2]])
@@ -265,3 +269,45 @@ def test_a_model_without_adapters_has_none_to_switch_off(policy: PreTrainedModel
     for model in (policy, AutoModelForCausalLMWithValueHead(policy)):
         with pytest.raises(ModelError, match="carries no adapters"), reference_by_disabled_adapters(model):
             pass
+
+
+SEQ2SEQ = {
+    "t5": ({"num_layers": 2, "num_decoder_layers": LAYERS}, "decoder.block.{layer}", {"lm_head.weight"}),
+    "bart": ({"encoder_layers": 2, "decoder_layers": LAYERS}, "model.decoder.layers.{layer}", set()),
+}
+
+
+@pytest.mark.parametrize("num_shared", range(LAYERS + 1))
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_encoder_decoders_share_the_encoder_and_the_decoder_s_first_layers(
+    family: str, num_shared: int
+) -> None:
+    depths, pattern, own_head = SEQ2SEQ[family]
+    policy = AutoModelForSeq2SeqLMWithValueHead(
+        make_seq2seq(family, **depths, tie_word_embeddings=family == "bart")
+    )
+    reference = create_reference_model(policy, num_shared)
+    trunk = policy.pretrained_model
+    own = {name for name, _ in trunk.named_parameters()} - own_head
+    later = tuple(pattern.format(layer=i) + "." for i in range(num_shared, LAYERS))
+    rest = {"decoder.final_layer_norm.weight", "model.decoder.layernorm_embedding.weight"}
+    rest |= {"model.decoder.layernorm_embedding.bias"}
+    expected = {name for name in own if not (later and name.startswith(later)) and name not in rest}
+    shared = {name.removeprefix("pretrained_model.") for name in shared_names(policy, reference)}
+    assert shared == expected
+    assert any(name.startswith(("encoder.block.1.", "model.encoder.layers.1.")) for name in shared)
+    assert shared_names(policy, create_reference_model(policy, num_shared, pattern)) == shared_names(
+        policy, reference
+    )
+
+    def logits(model: nn.Module) -> torch.Tensor:
+        return model(input_ids=TOKENS, decoder_input_ids=TOKENS)[0]
+
+    before = logits(reference)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    logits(policy).logsumexp(-1).mean().backward()
+    torch.optim.SGD(trained, lr=1.0).step()
+    assert torch.equal(logits(reference), before)
+    assert not torch.equal(logits(policy), before)
+    with pytest.raises(ModelError, match=f"num_shared_layers is 4, but the model has {LAYERS} layers"):
+        create_reference_model(policy, 4)

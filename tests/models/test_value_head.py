@@ -34,7 +34,8 @@ from transformers import (
 
 from etude.errors import ModelError
 from etude.models.adapters import add_adapter, lora_config
-from etude.models.value_head import AutoModelForCausalLMWithValueHead, ValueHead
+from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.with_value_head import ValueHead
 
 ValueModel = AutoModelForCausalLMWithValueHead
 

@@ -132,7 +132,10 @@ def test_environments_of_a_mixed_run_have_a_block_each_in_the_open() -> None:
     assert sums == ["reward", "success", "turns", "stop/done"]
     assert words == ["reward", "rewards/chrf", "rewards/short", "success", "turns", "stop/done"]
     assert found[1].charts[0].latest == [("training", "0.5"), ("validation", "0.6")]
-    assert found[2].charts[1].title == "Rewards chrf"
+    assert found[2].charts[1].title == "Rewards chrF"
+    with_corpus = groups(rows_of(**series, validation__words__bleu=[12.0]))
+    assert with_corpus[2].charts[-1].series == {"validation": [(1, 12.0)]}, "what only a validation measures"
+    assert with_corpus[2].charts[-1].title == "BLEU"
     (alone,) = groups(rows_of(validation__reward=[0.5], validation__success=[0.5]))
     assert alone.title == "Validation", "which is not an environment"
 
@@ -170,6 +173,7 @@ def test_what_is_not_a_finite_number_leaves_a_gap_or_no_curve() -> None:
         ("kl_mean", "KL mean"),
         ("grad_norm", "Gradient norm"),
         ("exact/mean", "Exact mean"),
+        ("validation/rougeL", "Validation ROUGE-L"),
         ("", ""),
         ("eval.success rate", "Eval success rate"),
     ],

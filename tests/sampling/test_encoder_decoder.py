@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tests.support.encoder_decoders import VOCAB, make
+from tests.support.encoder_decoder_families import VOCAB, make
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

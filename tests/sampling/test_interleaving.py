@@ -309,8 +309,8 @@ def test_any_interleaving_gives_the_tokens_of_one_by_one(family, dtype, way, hap
         expected = (moving if happening.rounds else still)[index]
         check(model, weights if happening.rounds else weights[:1] * TURNS, SCRIPTS[index], out, expected)
     assert sampler._slots.free == sampler._slots.count, "every slot came back"
-    assert not sampler._running
-    assert not sampler._waiting
+    assert not sampler._schedule.running
+    assert not sampler._schedule.waiting
 
 
 @functools.cache

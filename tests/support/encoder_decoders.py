@@ -1,72 +1,71 @@
-"""Small encoder–decoders of several families, with weights large enough that what they write varies."""
+"""Small random encoder–decoders of the families that training is tested on, and a tokenizer of theirs."""
+
+import string
 
 import torch
 import transformers as t
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-VOCAB = 61
+PAD, EOS, START, BOS = 0, 1, 2, 3
+_SPECIAL = ("[pad]", "[eos]", "[start]", "[bos]", "[unk]")
+CHARACTERS = string.ascii_lowercase + string.digits + " .,:"
+VOCAB = len(_SPECIAL) + len(CHARACTERS)
+FIRST = len(_SPECIAL)  # the first token that isn't special
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": BOS,
+    "decoder_start_token_id": START,
+}
 _T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 12,
-    "dropout_rate": 0.0,
-}
+    **_COMMON, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.1,
+}  # fmt: skip
 _BART = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 96,
-    "dropout": 0.0,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 1,
-}
+    **_COMMON, "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "init_std": 0.3,
+    "max_position_embeddings": 64, "dropout": 0.1,
+}  # fmt: skip
+# Each ties its output layer to its embeddings, but for "t5 gated".
 FAMILIES = {
-    "t5": ("T5ForConditionalGeneration", t.T5Config, _T5),
-    "t5-gated": (
+    "t5": ("T5ForConditionalGeneration", _T5),
+    "t5 gated": (
         "T5ForConditionalGeneration",
-        t.T5Config,
-        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-    ),
-    "umt5": ("UMT5ForConditionalGeneration", t.UMT5Config, _T5),
-    "bart": ("BartForConditionalGeneration", t.BartConfig, _BART),
-    "mbart": ("MBartForConditionalGeneration", t.MBartConfig, _BART),
-    "marian": ("MarianMTModel", t.MarianConfig, {**_BART, "decoder_start_token_id": 0}),
-    "pegasus": ("PegasusForConditionalGeneration", t.PegasusConfig, _BART),
-    "m2m100": ("M2M100ForConditionalGeneration", t.M2M100Config, _BART),
-    "led": (
-        "LEDForConditionalGeneration",
-        t.LEDConfig,
         {
-            **{name: value for name, value in _BART.items() if name != "max_position_embeddings"},
-            "attention_window": 8,
-            "max_encoder_position_embeddings": 96,
-            "max_decoder_position_embeddings": 96,
+            **_T5,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "scale_decoder_outputs": False,
+            "initializer_factor": 0.6,
         },
     ),
+    "bart": ("BartForConditionalGeneration", _BART),
+    "mbart": ("MBartForConditionalGeneration", _BART),
+    "marian": ("MarianMTModel", {**_BART, "tie_word_embeddings": True}),
 }
 
 
-def make(family, dtype=torch.float64, seed=0, **settings):
-    """In evaluation mode, without dropout."""
-    name, config, values = FAMILIES[family]
+def make_seq2seq(family="t5", dtype=torch.float32, seed=0, **settings):
+    """A model in eval mode, with weights large enough that outputs vary."""
+    name, config = FAMILIES[family]
     torch.manual_seed(seed)
-    model = getattr(t, name)(config(**{"vocab_size": VOCAB, **values, **settings}))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.6)
-    with torch.no_grad():
-        for embedding in {model.get_output_embeddings(), model.get_input_embeddings()}:
-            weight = embedding.weight  # of equal lengths, so that no token is likelier than others everywhere
-            weight.mul_(4 / weight.norm(dim=-1, keepdim=True))
-            weight[:2].mul_(0.1)  # neither padding nor the end is what it writes at once
+    cls = getattr(t, name)
+    model = cls(cls.config_class(**{**config, **settings}))
+    if family == "marian":  # whose checkpoints add to the logits what was trained once and is then kept
+        model.final_logits_bias.normal_()
+    if family == "bart":
+        model.generation_config.forced_bos_token_id = BOS  # as facebook/bart-large-cnn's is
     return model.to(dtype).eval()
+
+
+def seq2seq_tokenizer():
+    """One token per character; sources and targets end with EOS, as T5's do."""
+    vocabulary = {token: i for i, token in enumerate([*_SPECIAL, *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in _SPECIAL])
+    backend.post_processor = processors.TemplateProcessing(single="$A [eos]", special_tokens=[("[eos]", EOS)])
+    names = {"pad_token": "[pad]", "eos_token": "[eos]", "unk_token": "[unk]"}
+    return t.PreTrainedTokenizerFast(tokenizer_object=backend, **names)

@@ -5,13 +5,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from decoder_families import FAMILIES, make_family
+from encoder_decoders import VOCAB, make_seq2seq, seq2seq_tokenizer
 
 from etude.data.batch import Trajectory
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, ModelError
 from etude.models.adapters import add_adapter, lora_config
 from etude.models.loading import load_causal_lm
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.value_head import AutoModelForCausalLMWithValueHead, load_with_value_head
 from etude.runtime.run import RunDirectory
 from etude.trainers.group_config import GRPOConfig
 from etude.trainers.grpo import GRPOTrainer
@@ -85,6 +86,29 @@ def test_a_step_in_bfloat16(family, weights, tokenizer):
         assert 0 < (logprobs - expected).abs().max() < 0.5
         assert (logprobs - expected).abs().mean() < 0.05
         assert (found - values[0, states]).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["autocast", "weights"])
+@pytest.mark.parametrize("family", ["t5", "t5 gated", "bart"])
+def test_an_encoder_decoder_s_step_in_bfloat16(family, weights):
+    """T5's attention takes another kernel where its bias has a gradient: observed and updated by the same."""
+    torch.manual_seed(0)
+    model = load_with_value_head(make_seq2seq(family, weights), v_head_init_strategy="normal")
+    config = PPOConfig(
+        batch_size=8,
+        mini_batch_size=2,
+        gradient_accumulation_steps=4,
+        ppo_epochs=1,
+        gradient_checkpointing=family == "t5",
+        accelerator_kwargs=BF16 if weights == torch.float32 else {},
+    )
+    trainer = PPOTrainer(config, model, tokenizer=seq2seq_tokenizer(), optimizer=sgd(model))
+    queries, responses, scores = zip(*half_rows(), strict=True)
+    said = [torch.cat([torch.tensor(trainer.starts[0]), ids.clamp(max=VOCAB - 1)]) for ids in responses]
+    stats = trainer.step([query.clamp(max=VOCAB - 1) for query in queries], said, list(scores))
+    assert np.abs(stats["ppo/policy/ratio"] - 1).max() < 1e-6
+    assert np.abs(stats["objective/kl_dist"]).max() == 0
+    assert np.abs(stats["objective/logprobs"]).max() > 1
 
 
 def test_the_first_ratio_in_every_optimizer_step_s_own_passes(tokenizer, make_llama):

@@ -4,15 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
 
 from etude.runtime.run import RunDirectory
-
-ROOT = Path(__file__).parents[2]
 
 STEP = """
 import sys, torch
@@ -174,14 +172,6 @@ trainer.accelerator.end_training()
 """
 
 
-def launch(processes, *arguments, cwd=ROOT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
-    )
-
-
 @pytest.fixture
 def model_directory(tmp_path, make_llama, tokenizer):
     make_llama().save_pretrained(tmp_path / "model")
@@ -299,9 +289,22 @@ def steps_of(directory):
     return [row["step"] for row in RunDirectory(directory / "run").read_metrics() if "reward" in row]
 
 
+WORLD = """
+from etude import TextEnvironment
+
+class World(TextEnvironment):
+    def metrics(self, episodes):
+        return {"squares": sum(len(episode.task["prompt"]) for episode in episodes) ** 2}
+"""
+
+
 def test_the_command_line_in_two_processes(model_directory, options):
-    done = launch(2, "-m", "etude", "ppo", *options, cwd=model_directory)
+    (model_directory / "world.py").write_text(WORLD)
+    done = launch(2, "-m", "etude", "ppo", *options, "--environment=world.py:World", cwd=model_directory)
     assert done.returncode == 0, done.stderr[:3000]
+    rows = RunDirectory(model_directory / "run").read_metrics()
+    squares = [row["validation/squares"] for row in rows if "validation/squares" in row]
+    assert squares == [(8 + 8) ** 2] * 3, "of both processes' episodes together"
     assert len(re.findall("report:", done.stdout)) == 1, "only the main process speaks"
     assert steps_of(model_directory) == [1, 2], "16 episodes, 2 × 4 at a time"
 

@@ -186,12 +186,25 @@ class DataArguments:
 class TaskArguments(DataArguments):
     """The same for tasks that a model plays, some of them held out."""
 
+    train_dataset: str | None = field(  # type: ignore[assignment]  # one of several environments can do without
+        default=None, metadata={"help": "file, folder or hub id of the training rows"}
+    )
     test_dataset: str | None = field(
         default=None, metadata={"help": "file, folder or hub id of held-out rows: played before and after"}
     )
     test_split: str | None = field(
         default=None, metadata={"help": "split of test_dataset, if it has several"}
     )
+
+
+# Environments that ship, by their short names.
+ENVIRONMENTS = {
+    "text": "etude.environments.text:TextEnvironment",
+    "generation": "etude.environments.generation:GenerationEnvironment",
+    "translation": "etude.environments.translation:TranslationEnvironment",
+    "summarization": "etude.environments.summarization:SummarizationEnvironment",
+}
+_UNSCORED = ("text", "generation")  # they have no rewards of their own
 
 
 @dataclass
@@ -201,6 +214,17 @@ class EnvironmentArguments:
     Code is named by reference, see `references`.
     """
 
+    environment: str = field(
+        default="text",
+        metadata={
+            "help": f"what the model plays in: {', '.join(ENVIRONMENTS)}, or the code reference of your own "
+            "class"
+        },
+    )
+    environment_kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "what it takes besides the options here, such as {source: en, target: de}"},
+    )
     tools: list[str] = field(
         default_factory=list,
         metadata={"help": "code references of the tools, such as examples/tools.py:search or calculator"},
@@ -229,7 +253,10 @@ class EnvironmentArguments:
     )
     prompt: str | None = field(default=None, metadata={"help": "text put before each task"})
     prompt_file: str | None = field(default=None, metadata={"help": "the same, read from a file"})
-    max_turns: int = field(default=4, metadata={"help": "turns of the model per episode at most"})
+    max_turns: int | None = field(
+        default=None,
+        metadata={"help": "turns of the model per episode at most; by default the environment's own, 4"},
+    )
     max_tool_response: int | None = field(
         default=100, metadata={"help": "characters of a tool's answer that the model is shown; none: all"}
     )
@@ -238,14 +265,17 @@ class EnvironmentArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "tokens of an episode at most; the model's own limit by default"}
     )
-    tool_timeout: float = field(default=10.0, metadata={"help": "seconds that a tool may take"})
+    tool_timeout: float | None = field(
+        default=None, metadata={"help": "seconds that a tool may take; by default the environment's own, 10"}
+    )
     generation: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "how to sample a turn: max_new_tokens, temperature, top_k, top_p, …"},
     )
 
     def __post_init__(self) -> None:
-        if not any((self.reward, self.reward_fn, self.reward_adapter, self.reward_model)):
+        scored = any((self.reward, self.reward_fn, self.reward_adapter, self.reward_model))
+        if not scored and self.environment in _UNSCORED:
             raise ConfigError(
                 "an episode needs a score; name code that gives one with reward or reward_fn, or a "
                 "reward_model or reward_adapter"

@@ -77,6 +77,9 @@ def build_arguments(command: str, values: Values) -> list[Any]:
             raise
         except ValueError as error:  # what transformers' own settings raise
             raise ConfigError(str(error)) from error
+    by_title = dict(zip(COMMANDS[command].classes, built, strict=True))
+    if hasattr(by_title.get("Environment"), "check_beside"):
+        by_title["Environment"].check_beside(by_title["Tasks"])
     return built
 
 

@@ -20,7 +20,7 @@ from etude.data.noise import SHIPPED, Noise, Paraphrase, as_noise
 from etude.errors import ConfigError
 from etude.evaluation.evaluate import Evaluation, evaluate
 from etude.evaluation.record import write_evaluation
-from etude.models.loading import best_device, load_causal_lm, load_tokenizer
+from etude.models.loading import best_device, load_language_model, load_tokenizer
 from etude.reporting.terminal import TrainingDisplay
 from etude.runtime.run import RunDirectory
 from etude.sampling.local import LocalSampler
@@ -124,7 +124,7 @@ def _evaluate(
     """One model's evaluation, and its tokenizer."""
     name = arguments.model_name_or_path
     tokenizer = load_tokenizer(**arguments.tokenizer_place)
-    model = load_causal_lm(name, device=best_device(), is_trainable=False, **arguments.loading)
+    model = load_language_model(name, device=best_device(), is_trainable=False, **arguments.loading)
     sampler = LocalSampler(
         model,
         tokenizer,
@@ -146,7 +146,7 @@ def _evaluate(
 
     with display:
         evaluation = evaluate(
-            code.environment(model, tokenizer, sampler=sampler),
+            code.environment(model, tokenizer, sampler=sampler, seed=config.seed),
             rows,
             **noises,
             samples=config.samples,

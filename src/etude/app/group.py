@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from etude.app.arguments import EnvironmentArguments, ModelArguments, RunArguments, TaskArguments
+from etude.app.arguments import ModelArguments, RunArguments, TaskArguments
+from etude.app.mixed_arguments import PlayArguments
 from etude.app.play import train_by_playing
-from etude.models.loading import load_causal_lm
+from etude.models.loading import load_language_model
 from etude.trainers.group import GroupTrainer
 from etude.trainers.group_config import GroupConfig
 from etude.trainers.grpo import GRPOTrainer
@@ -30,10 +31,10 @@ _TRAINERS: dict[type[GroupConfig], type[GroupTrainer]] = {
 def run(
     model_arguments: ModelArguments,
     tasks: TaskArguments,
-    episodes: EnvironmentArguments,
+    episodes: PlayArguments,
     start: RunArguments,
     config: GroupConfig,
 ) -> None:
     """Train by the algorithm that `config` belongs to, and leave everything in its `output_dir`."""
     trainer = partial(_TRAINERS[type(config)], args=config)
-    train_by_playing(load_causal_lm, trainer, model_arguments, tasks, episodes, start, config.seed)
+    train_by_playing(load_language_model, trainer, model_arguments, tasks, episodes, start, config.seed)

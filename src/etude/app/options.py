@@ -50,7 +50,7 @@ class Command:
 _PLAYING = {
     "Model": "etude.app.arguments:ModelArguments",
     "Tasks": "etude.app.arguments:TaskArguments",
-    "Environment": "etude.app.arguments:EnvironmentArguments",
+    "Environment": "etude.app.mixed_arguments:PlayArguments",
     "Run": "etude.app.arguments:RunArguments",
 }
 
@@ -194,6 +194,11 @@ def describe_options(command: Command) -> dict[str, Option]:
             required = option.required or option.name in command.required
             found.setdefault(option.name, replace(option, required=required))
     return found
+
+
+def options_of(*classes: type) -> dict[str, Option]:
+    """Those of a few dataclasses by name, without a table."""
+    return {option.name: option for cls in classes for option in _options_of(cls, cls.__name__)}
 
 
 def write_table() -> None:

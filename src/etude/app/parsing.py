@@ -48,6 +48,21 @@ def parse_options(options: Mapping[str, Option], arguments: Sequence[str]) -> Va
     return values
 
 
+def parse_mapping(options: Mapping[str, Option], given: Mapping[Any, Any], where: str) -> Values:
+    """Values of a mapping from names of options, such as a part of a configuration.
+
+    Args:
+        where: what it is called in errors.
+
+    Raises:
+        ConfigError: an option is unknown or of the wrong type.
+    """
+    values: Values = {}
+    for key, value in given.items():
+        _assign(values, options, str(key), value, where)
+    return values
+
+
 def _read_command_line(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(name, texts that follow it) of each option. Only `--` begins an option: `-1` is a number."""
     given: list[tuple[str, list[str]]] = []

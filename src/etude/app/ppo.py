@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from etude.app.arguments import ActorCriticArguments, EnvironmentArguments, RunArguments, TaskArguments
+from etude.app.arguments import ActorCriticArguments, RunArguments, TaskArguments
+from etude.app.mixed_arguments import PlayArguments
 from etude.app.play import train_by_playing
-from etude.models.loading import load_causal_lm
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.loading import load_language_model
+from etude.models.value_head import load_with_value_head
 from etude.models.value_model import ValueModel
 from etude.trainers.ppo import PPOTrainer
 from etude.trainers.ppo_config import PPOConfig
@@ -16,7 +17,7 @@ from etude.trainers.ppo_config import PPOConfig
 def run(
     model_arguments: ActorCriticArguments,
     tasks: TaskArguments,
-    episodes: EnvironmentArguments,
+    episodes: PlayArguments,
     start: RunArguments,
     config: PPOConfig,
 ) -> None:
@@ -25,8 +26,8 @@ def run(
 
     def load(name: str, **options: Any) -> Any:
         if place is not None:
-            return load_causal_lm(name, **options)
-        return AutoModelForCausalLMWithValueHead.from_pretrained(name, **options)
+            return load_language_model(name, **options)
+        return load_with_value_head(name, **options)
 
     def trainer(**parts: Any) -> PPOTrainer:
         if place is not None:

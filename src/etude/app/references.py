@@ -87,12 +87,16 @@ def _literals(arguments: str) -> tuple[list[Any], dict[str, Any]]:
 def _shipped(name: str, home: str | None) -> Any:
     if home is None:
         raise ConfigError(f"{name!r} is no code reference; {_EXPECTED}")
-    modules = [module.name for module in pkgutil.iter_modules(import_module(home).__path__)]
+    package = import_module(home)
+    own = list(getattr(package, "__all__", ()))  # what the package itself names
+    if name in own:
+        return getattr(package, name)
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
     if name in modules and hasattr(module := import_module(f"{home}.{name}"), name):
         return getattr(module, name)
     near = difflib.get_close_matches(name, modules, n=3)
     shipped = [other for other in near if hasattr(import_module(f"{home}.{other}"), other)]
-    hint = _near(name, shipped) or f"; for your own code {_EXPECTED}"
+    hint = _near(name, [*shipped, *own]) or f"; for your own code {_EXPECTED}"
     raise ConfigError(f"{home} ships nothing named {name!r}{hint}")
 
 

@@ -18,7 +18,7 @@ from etude.data.selection import Selection
 from etude.environments.rejection import sample_dataset
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError
-from etude.models.loading import best_device, load_causal_lm, load_tokenizer
+from etude.models.loading import best_device, load_language_model, load_tokenizer
 from etude.reporting.report import write_report
 from etude.reporting.terminal import TrainingDisplay
 from etude.runtime.run import RunDirectory
@@ -82,7 +82,7 @@ def _environment(
     model_arguments: FixedModelArguments, code: EnvironmentCode, arguments: SampleArguments
 ) -> tuple[TextEnvironment, LocalSampler]:
     tokenizer = load_tokenizer(**model_arguments.tokenizer_place)
-    model = load_causal_lm(
+    model = load_language_model(
         model_arguments.model_name_or_path,
         device=best_device(),
         is_trainable=False,
@@ -95,4 +95,5 @@ def _environment(
         max_length=code.settings.max_length,
         cache_bytes=arguments.cache_bytes,
     )
-    return code.environment(model, tokenizer, sampler=sampler, slots=arguments.slots), sampler
+    options = {"sampler": sampler, "slots": arguments.slots, "seed": arguments.seed}
+    return code.environment(model, tokenizer, **options), sampler

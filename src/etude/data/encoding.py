@@ -17,7 +17,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -134,6 +134,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, add_bos: boo
     while bos and ids[: len(bos)] == bos:
         ids, added = ids[len(bos) :], bos
     return added + ids
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> str:
+    """What a text's first `count` tokens spell, without one that ends in the middle of a character."""
+    ids = _encode(tokenizer, text)
+    if len(ids) <= count:
+        return text
+    if not tokenizer.is_fast:  # a Python tokenizer doesn't say which token covers what
+        lengths = (len(_encode(tokenizer, text[:end])) for end in range(1, len(text)))
+        return text[: sum(1 for _ in takewhile(lambda length: length <= count, lengths))]
+    if text.startswith(spelled := decode(tokenizer, ids[:count])):
+        return spelled
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    places = encoding["offset_mapping"]
+    while count > 1 and places[count][0] < places[count - 1][1]:  # both are bytes of one character
+        count -= 1
+    # Decoded, a text can look different (lower case, white space); places leave white space out.
+    spelled = decode(tokenizer, ids[:count])
+    return spelled if text.startswith(spelled) else text[: places[count - 1][1]]
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -9,6 +9,7 @@ covered: how a pass is computed (`models.attention`).
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -76,17 +77,38 @@ def each_alone(sequences: Sequence[Tensor]) -> list[Family]:
     return [Family([i], len(sequence)) for i, sequence in enumerate(sequences)]
 
 
+def of_same_source(sources: Sequence[Tensor]) -> list[Family]:
+    """Families of what is read by an encoder: who has the same source (token ids [S]) shares all of it."""
+    members: dict[bytes, list[int]] = defaultdict(list)
+    for i, source in enumerate(sources):
+        members[source.numpy().tobytes()].append(i)
+    return [Family(each, len(sources[each[0]])) for each in members.values()]
+
+
 def into_passes(
-    sequences: Sequence[Tensor], size: int, limit: int | None = None, share: bool = True
+    sequences: Sequence[Tensor],
+    size: int,
+    limit: int | None = None,
+    share: bool = True,
+    sources: Sequence[Tensor] | None = None,
 ) -> list[list[int]]:
     """`sequences` (token ids [T]) as passes of at most `size` of them, and `limit` tokens to compute.
 
     With `share`, sequences that begin alike are put in the same passes, and their beginning counts once in
     each; without it the order is kept. A sequence of more than `limit` tokens is a pass of its own.
+
+    Args:
+        sources: for each sequence, what an encoder reads before it: that is then the beginning that is
+            shared, and nothing of the sequences themselves is.
     """
+    if sources is None:
+        families = find_families(sequences) if share else each_alone(sequences)
+    else:
+        sequences = [torch.cat(pair) for pair in zip(sources, sequences, strict=True)]
+        families = of_same_source(sources) if share else each_alone(sequences)
     passes: list[list[int]] = []
     room = 0.0
-    for family in find_families(sequences) if share else each_alone(sequences):
+    for family in families:
         begun = False  # whether the latest pass computes this family's beginning
         for i in family.members:
             own = len(sequences[i]) - family.length

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from etude.errors import EnvironmentSetupError
 from etude.protocols import Reward, Sampler
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
+from etude.sampling.params import decoder_start
 from etude.types import Episode, SamplingParams, Segment
 
 
@@ -30,6 +32,7 @@ class Lockstep(ABC):
     tokenizer: PreTrainedTokenizerBase
     protocol: ToolProtocol
     params: SamplingParams
+    generation_kwargs: Mapping[str, Any]
     rewards: list[Reward]
     user: User | None
     max_length: int | None
@@ -42,6 +45,9 @@ class Lockstep(ABC):
     def next_seed(self) -> int: ...
 
     @abstractmethod
+    def _turn_tokens(self, seed: int) -> int: ...
+
+    @abstractmethod
     async def _answer(self, episode: Episode, parsed: ParsedTurn) -> list[Reply]: ...
 
     @abstractmethod
@@ -50,15 +56,24 @@ class Lockstep(ABC):
     def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
         """Sample one turn for each history that isn't completed.
 
+        An encoder–decoder's encoder reads what a history holds before its first turn.
+
         Raises:
             EnvironmentSetupError: there is a user, whom TRL's loop wouldn't ask.
         """
         if self.user is not None:
             raise EnvironmentSetupError("the lock-step methods ask no user; call run(tasks), or drop user=")
+        start = decoder_start(self.generation_kwargs, self.sampler.decoder_start)
 
         async def turn(history: TextHistory, seed: int) -> None:
-            session = self.sampler.session(seed=seed)
-            sampled = await session.sample(history.episode.token_ids, self.params)
+            if start and not history.episode.source_ids:
+                for segment in history.episode.segments:
+                    segment.encoder = True
+                history.episode.append(Segment("environment", "", list(start)))
+            source_ids = history.episode.source_ids
+            session = self.sampler.session(seed=seed, source_ids=source_ids)
+            params = replace(self.params, max_new_tokens=self._turn_tokens(seed))
+            sampled = await session.sample(history.episode.token_ids[len(source_ids) :], params)
             session.close()
             for segment in sampled.segments():
                 history.episode.append(segment)
@@ -94,7 +109,7 @@ class Lockstep(ABC):
         """(truncated, ended)"""
         if history.completed:
             return False, False
-        if self.max_length is not None and len(history.episode) > self.max_length:
+        if self.max_length is not None and history.episode.context_length > self.max_length:
             return True, True
         last = history.episode.segments[-1]
         if last.source != "model":

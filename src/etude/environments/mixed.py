@@ -14,7 +14,7 @@ Not covered: which tasks come when (`trainers.tasks`), and numbers by environmen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,14 @@ from etude.environments.traits import (
     prompt_of,
     tokenizer_of,
 )
-from etude.errors import DataError, EnvironmentSetupError
+from etude.errors import ConfigError, DataError, EnvironmentSetupError
 from etude.protocols import Environment, Sampler
 from etude.runtime.loop import run_sync
 from etude.sampling.local import LocalSampler
 from etude.types import Episode
 
 COLUMN = "environment"  # of the tasks
+SuccessReward = float | Mapping[str, float]  # that makes an episode a success: of all, or by environment
 _TAKEN = ("rewards", "stop", "time", "validation", "sampler", "ppo", "objective", "env")  # names of metrics
 
 
@@ -122,9 +123,7 @@ class MixedEnvironment:
 
     async def score(self, episodes: Sequence[Episode]) -> None:
         """Let each environment score its own episodes."""
-        own: dict[str, list[Episode]] = {}
-        for episode in episodes:
-            own.setdefault(self.name_of(episode.task), []).append(episode)
+        own = by_environment(episodes, self.environments)
         await gather_all([self.environments[name].score(those) for name, those in own.items()])
 
     def prompt_text(self, task: Mapping[str, Any]) -> str | None:
@@ -181,6 +180,31 @@ class MixedEnvironment:
     def current_device(self) -> torch.device:
         """Where the token tensors that `run` returns live."""
         return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
+
+
+def by_environment(episodes: Sequence[Episode], environments: Collection[str]) -> dict[str, list[Episode]]:
+    """The episodes of each of these environments in which some were played."""
+    own: dict[str, list[Episode]] = {name: [] for name in environments}
+    for episode in episodes if own else ():
+        own[episode.environment].append(episode)
+    return {name: those for name, those in own.items() if those}
+
+
+def succeeds(episode: Episode, success_reward: SuccessReward) -> bool:
+    """Whether its reward reaches that, or that of its environment."""
+    if isinstance(success_reward, Mapping):
+        return episode.reward >= success_reward[episode.environment]
+    return episode.reward >= success_reward
+
+
+def check_success(success_reward: SuccessReward, environment: Environment | None) -> None:
+    """Raises `ConfigError` where it is by environment, and not by those that there are."""
+    parts = parts_of(environment)
+    if isinstance(success_reward, Mapping) and set(success_reward) != set(parts):
+        named = " and ".join(map(repr, parts)) or "none: the environment isn't mixed"
+        raise ConfigError(
+            f"success_reward is of {', '.join(success_reward)}; expected a number, or one for each of {named}"
+        )
 
 
 def _check_names(environments: Mapping[str, Environment], default: str | None) -> None:

@@ -3,8 +3,8 @@
     prompt ─► model turn ─► calls a tool? ─► tool's answer ─► model turn ─► … ─► submitted, or a limit
                                  └► no, but there is a user ─► its reply ─► model turn ─► …
 
-`TextEnvironment` is concrete. It is subclassed through `build_prompt`, `is_done` and `score`; everything
-else is composed: tools, rewards, protocol, user and sampler are arguments.
+`TextEnvironment` is concrete. It is subclassed through `build_prompt`, `is_done`, `score` and `metrics`;
+everything else is composed: tools, rewards, protocol, user and sampler are arguments.
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ from etude.environments.orchestrator import play_episodes
 from etude.environments.tags import Framing, ParsedTurn, Reply, TagProtocol, ToolProtocol
 from etude.environments.user import User, as_user, ask, leave
 from etude.errors import DataError, EnvironmentSetupError, SamplerError
-from etude.math.counters import mix
+from etude.math.counters import mix, word_of
 from etude.protocols import Reward, Sampler, Session, Tool
 from etude.rewards.function import SegmentReward, as_reward
 from etude.rewards.mixture import score_episodes
 from etude.runtime.loop import run_sync
+from etude.sampling.lengths import LengthRange, Lengths
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import decoder_start, sampling_params
 from etude.tools.contract import ToolLimits, call_tool
 from etude.tools.function import tools_by_name
 from etude.types import Episode, Sampled, Segment, StopReason
 
-_OPEN = {"build_prompt", "is_done", "score"}
+_LENGTHS = word_of("length_sampler")  # name of a random stream
+
+_OPEN = {"build_prompt", "is_done", "score", "metrics"}
 _INSTEAD = {
     "step": "is_done(episode), or a tool",
     "task_end_check": "is_done(episode)",
@@ -86,6 +89,9 @@ class TextEnvironment(Lockstep):
             does, and such a turn ends the episode. If it has a method `close(episode)`, that is called when
             the episode is over.
         sampler: a sampler to use instead of a local one over `model`.
+        length_sampler: a `LengthSampler` or a pair (low, high): each episode draws its `max_new_tokens` from
+            that range, `high` excluded, by its own random stream; in place of a fixed one in
+            `generation_kwargs`.
         slots: episodes that the local sampler decodes at once, at most.
         cache_bytes: what its keys and values may take, such as "2GiB"; half of the free memory by default.
         seed: of the episodes' random streams; `set_seed` decides it by default.
@@ -112,6 +118,7 @@ class TextEnvironment(Lockstep):
         protocol: ToolProtocol | None = None,
         user: User | Sequence[str] | str | None = None,
         sampler: Sampler | None = None,
+        length_sampler: Lengths | None = None,
         slots: int = 32,
         cache_bytes: int | str | None = None,
         seed: int | None = None,
@@ -146,6 +153,7 @@ class TextEnvironment(Lockstep):
             tokenizer,
             stop=self.protocol.stop,
         )
+        self.lengths = self._checked(length_sampler)
         self.slots = slots
         self.cache_bytes = cache_bytes
         self.seed = torch.initial_seed() if seed is None else seed
@@ -157,12 +165,12 @@ class TextEnvironment(Lockstep):
         for name in vars(cls):
             if name in _OPEN or name.startswith("__") or not hasattr(TextEnvironment, name):
                 continue
-            instead = _INSTEAD.get(name, "build_prompt(task), is_done(episode) or score(episodes)")
+            instead = _INSTEAD.get(name, "build_prompt, is_done, score or metrics")
             raise EnvironmentSetupError(
                 f"{cls.__name__} overrides TextEnvironment.{name}; use {instead} instead"
             )
 
-    # The three open points.
+    # The four open points.
 
     def build_prompt(self, task: Mapping[str, Any]) -> str | Messages:
         """The text an episode starts with; or messages, where the protocol is a chat template."""
@@ -181,6 +189,10 @@ class TextEnvironment(Lockstep):
     async def score(self, episodes: Sequence[Episode]) -> None:
         """Append rewards to each episode, those of turns and tokens where they belong."""
         await score_episodes(self.rewards, episodes)
+
+    def metrics(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        """What an evaluation says about all its episodes together, beside the means of their rewards."""
+        return {}
 
     def prompt_text(self, task: Mapping[str, Any]) -> str:
         """What the episodes of a task begin with, as text."""
@@ -249,6 +261,8 @@ class TextEnvironment(Lockstep):
         source_ids = encode_source(self.tokenizer, prompt.text)
         episode.append(Segment("prompt", prompt.text, source_ids, encoder=True))
         episode.append(Segment("environment", "", list(start)))
+        if len(source_ids) > sampler.max_source_length:  # as where nothing could follow a decoder's prompt
+            episode.stop = StopReason.MAX_TOKENS
         return sampler.session(seed=episode.seed, source_ids=source_ids)
 
     async def _turn(self, episode: Episode, session: Session, framing: Framing, limit: int) -> None:
@@ -258,7 +272,7 @@ class TextEnvironment(Lockstep):
             episode.stop = StopReason.MAX_TOKENS
             return
         started = time.monotonic()
-        params = replace(self.params, max_new_tokens=min(self.params.max_new_tokens, room))
+        params = replace(self.params, max_new_tokens=min(self._turn_tokens(episode.seed), room))
         sampled = await session.sample(episode.unseen, params)
         _count(episode, "sample", started)
         for segment in sampled.segments():
@@ -279,6 +293,25 @@ class TextEnvironment(Lockstep):
             self._append(episode, framing.frame(replies, ended_by), limit)
         else:  # the user has nothing to add
             episode.stop = _last_word(sampled)
+
+    def _turn_tokens(self, seed: int) -> int:
+        """`max_new_tokens` of an episode's turns."""
+        return self.params.max_new_tokens if self.lengths is None else self.lengths.draw(seed, _LENGTHS)
+
+    def _checked(self, lengths: Lengths | None) -> LengthRange | None:
+        if lengths is None:
+            return None
+        if "max_new_tokens" in self.generation_kwargs:
+            raise EnvironmentSetupError(
+                "length_sampler and generation_kwargs' max_new_tokens both limit a turn; give one of them"
+            )
+        found, forced = LengthRange.of(lengths, "length_sampler"), len(self.params.forced_prefix)
+        if found.low <= forced:
+            raise EnvironmentSetupError(
+                f"length_sampler begins with {found.low}, and forced_prefix has {forced} tokens, which "
+                "count; raise it, so that at least one can be sampled"
+            )
+        return found
 
     def _stop_after_model(
         self, episode: Episode, sampled: Sampled, parsed: ParsedTurn, limit: int

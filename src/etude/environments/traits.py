@@ -8,21 +8,24 @@
     environments        of a mixed one, by name; with their `weights`
     tools               by name, for noise in what they reply
     prompt_text(task)   the text an episode begins with, to recognise a task by
+    metrics(episodes)   what an evaluation says about all its episodes together
     sampler             what plays, where nobody brings a sampler; `slots` says how many episodes at once
     next_seed()         seeds of the episodes, where nobody brings them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError
 from etude.math.counters import mix
 from etude.protocols import Environment, Sampler
+from etude.types import Episode
 
 
 def check_environment(environment: Any) -> Environment:
@@ -85,8 +88,26 @@ def tools_of(environment: Environment) -> dict[str, Any]:
 
 def prompt_of(environment: Environment, task: Mapping[str, Any]) -> str | None:
     """What an episode of this task begins with; None where that isn't known before it is played."""
-    building = getattr(environment, "prompt_text", None)
-    return None if building is None else building(task)
+    writing = getattr(environment, "prompt_text", None)
+    return None if writing is None else writing(task)
+
+
+def metrics_of(environment: Environment) -> Callable[[Sequence[Episode]], dict[str, float]] | None:
+    """What says something about an evaluation's episodes together; of a mixed one under each one's name."""
+    if parts := parts_of(environment):
+        saying = {name: measure for name, part in parts.items() if (measure := metrics_of(part)) is not None}
+
+        def measure_each(episodes: Sequence[Episode]) -> dict[str, float]:
+            found: dict[str, float] = {}
+            for name, measure in saying.items():
+                own = [episode for episode in episodes if episode.environment == name]
+                found |= {f"{name}/{key}": value for key, value in (measure(own) if own else {}).items()}
+            return found
+
+        return measure_each if saying else None
+    if isinstance(environment, TextEnvironment) and type(environment).metrics is TextEnvironment.metrics:
+        return None
+    return getattr(environment, "metrics", None)
 
 
 def sampler_of(environment: Environment, given: Sampler | None = None) -> Sampler:

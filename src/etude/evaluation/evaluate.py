@@ -22,9 +22,10 @@ from typing import Any
 from torch import nn
 
 from etude.data.files import Rows, load_rows
+from etude.environments.mixed import SuccessReward, check_success
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
-from etude.environments.traits import sampler_of, temperatures_of, tools_of
+from etude.environments.traits import metrics_of, parts_of, sampler_of, temperatures_of, tools_of
 from etude.errors import ConfigError, DataError
 from etude.evaluation.conditions import CLEAN, Condition, Noises, make_conditions
 from etude.evaluation.measures import Measures, compare, measure
@@ -117,7 +118,7 @@ def evaluate(
     greedy: bool = False,
     pass_at: Sequence[int] = (),
     distinct: Sequence[int] = (1, 2),
-    success_reward: float = 1.0,
+    success_reward: SuccessReward = 1.0,
     confidence: float = 0.95,
     seed: int = 0,
     columns: Sequence[str] = ("prompt", "query"),
@@ -139,7 +140,8 @@ def evaluate(
         greedy: the most probable token at each step, whatever the environment's `generation_kwargs` say.
         pass_at: which k of pass@k; by default powers of 2 up to `samples`, and `samples`.
         distinct: which n of distinct-n.
-        success_reward: an episode with at least this reward is a success.
+        success_reward: an episode with at least this reward is a success; in a mixed environment perhaps a
+            number for each.
         confidence: of the intervals.
         seed: of noise and episodes.
         columns: where a task has its text, for noise in prompts.
@@ -152,6 +154,7 @@ def evaluate(
     """
     started = time.monotonic()
     world = _environment(player, environment)
+    check_success(success_reward, world)
     _check(greedy or _is_greedy(world), samples, pass_at, confidence)
     rows = [dict(row) for row in load_rows(tasks, column="prompt")]
     conditions = make_conditions(noise, tool_noise, bool(tools_of(world)))
@@ -169,6 +172,8 @@ def evaluate(
             pass_at=pass_at or _powers(samples),
             distinct_n=distinct,
             bait=condition.bait,
+            metrics=metrics_of(world),
+            environments=parts_of(world),
         )
     return Evaluation(name, rows, samples, episodes, tallies, confidence, time.monotonic() - started)
 

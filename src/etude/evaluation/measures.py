@@ -32,6 +32,8 @@ def measure(tally: Tally, confidence: float = 0.95) -> Measures:
     for name, each in tally.distinct.items():
         around = jackknife(each.value, each.without_N, confidence)
         found[name] = Interval(around.value, max(around.low, 0.0), min(around.high, 1.0))
+    for name, whole in tally.wholes.items():
+        found[name] = jackknife(*whole, confidence)
     return found
 
 
@@ -56,6 +58,10 @@ def compare(first: Tally, second: Tally, confidence: float = 0.95) -> Measures:
             theirs_too = second.distinct[name]
             without_N = each.without_N - theirs_too.without_N
             found[name] = jackknife(each.value - theirs_too.value, without_N, confidence)
+    for name, whole in first.wholes.items():
+        if name in second.wholes:
+            value, without_G = second.wholes[name]
+            found[name] = jackknife(whole.value - value, whole.without_G - without_G, confidence)
     return found
 
 

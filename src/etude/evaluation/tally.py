@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from operator import eq
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from etude.environments.mixed import SuccessReward, succeeds
 from etude.math.estimates import Distinct, distinct, pass_at_k
 from etude.types import Episode, StopReason
 
+GROUPS = 20  # that tasks are in where an environment's metrics are computed without each in turn
 Episodes = Sequence[Sequence[Episode]]  # by task and sample
+
+
+class Whole(NamedTuple):
+    """A quantity of all episodes together: its value, and its values without each of G groups of tasks."""
+
+    value: float
+    without_G: Tensor
 
 
 class Counted(NamedTuple):
@@ -32,22 +42,26 @@ class Tally:
         rates: shares of episodes, calls or tasks, by name.
         means: quantities per episode, by name.
         distinct: distinct-n by name.
+        wholes: what the environment says of all episodes together, by name.
         episodes: how many were played to an end.
     """
 
     rates: dict[str, Counted]
     means: dict[str, Counted]
     distinct: dict[str, Distinct]
+    wholes: dict[str, Whole]
     episodes: int
 
 
 def tally(
     episodes_NS: Episodes,
     *,
-    success_reward: float,
+    success_reward: SuccessReward,
     pass_at: Sequence[int] = (),
     distinct_n: Sequence[int] = (),
     bait: str | None = None,
+    metrics: Callable[[list[Episode]], dict[str, float]] | None = None,
+    environments: Collection[str] = (),
 ) -> Tally:
     """Count what happened. Episodes lost to our own failures count for `stop/infrastructure` only.
 
@@ -56,15 +70,23 @@ def tally(
     `tool_errors/<class>` of those that failed so; `obeyed` the share whose own words have the bait in them;
     `stop/<reason>` the share that ended for it. `rewards/<name>` (of several) is without its weight, over the
     episodes to which it applies; `tokens` counts sampled ones.
+
+    Args:
+        metrics: numbers about all episodes together, such as a corpus's BLEU.
+        environments: names of a mixed one's: success, pass@k and rewards of each follow under its name.
     """
     played = [[e for e in task if e.stop is not StopReason.INFRASTRUCTURE] for task in episodes_NS]
 
     def success(episode: Episode) -> bool:
-        return episode.reward >= success_reward
+        return succeeds(episode, success_reward)
 
     rates = {"success": _per_episode(played, success)}
     for k in pass_at:
         rates[f"pass@{k}"] = _pass_at(played, success, k)
+    parts = {name: [[e for e in task if e.environment == name] for task in played] for name in environments}
+    for name, own in parts.items():
+        rates[f"{name}/success"] = _per_episode(own, success)
+        rates |= {f"{name}/pass@{k}": _pass_at(own, success, k) for k in pass_at}
     rates["tool_use"] = _per_episode(played, lambda e: bool(e.tool_calls))
     classes = sorted({c.error for task in played for e in task for c in e.tool_calls if c.error is not None})
     rates["tool_errors"] = _per_call(played, lambda error: error is not None)
@@ -75,6 +97,9 @@ def tally(
     for reason in StopReason:
         rates[f"stop/{reason.value}"] = _per_episode(episodes_NS, partial(_stopped, reason))
     means = {"reward": _per_episode(played, lambda e: e.reward), **_rewards(played)}
+    for name, own in parts.items():
+        scores = {"reward": _per_episode(own, lambda e: e.reward), **_rewards(own, fewest=1)}
+        means |= {f"{name}/{key}": each for key, each in scores.items()}
     means["tokens"] = _per_episode(played, lambda e: sum(e.sampled))
     means["turns"] = _per_episode(played, lambda e: e.turns)
     means["tool_calls"] = _per_episode(played, lambda e: len(e.tool_calls))
@@ -83,8 +108,25 @@ def tally(
         rates=rates,
         means=means,
         distinct={f"distinct_{n}": distinct(said, n) for n in distinct_n},
+        wholes={} if metrics is None else _wholes(played, metrics),
         episodes=sum(map(len, played)),
     )
+
+
+def _wholes(episodes_NS: Episodes, metrics: Callable[[list[Episode]], dict[str, float]]) -> dict[str, Whole]:
+    """Each metric of all episodes, and of all but a group's: it can be slow, so tasks leave together."""
+
+    def of(tasks: Iterable[Sequence[Episode]]) -> dict[str, float]:
+        episodes = [episode for task in tasks for episode in task]
+        return metrics(episodes) if episodes else {}
+
+    values = of(episodes_NS)
+    groups = min(GROUPS, len(episodes_NS)) if values else 0
+    without = [of(task for i, task in enumerate(episodes_NS) if i % groups != out) for out in range(groups)]
+    return {
+        name: Whole(value, torch.tensor([each.get(name, nan) for each in without], dtype=torch.float64))
+        for name, value in values.items()
+    }
 
 
 def _counted(pairs: Iterable[tuple[float, float]]) -> Counted:
@@ -113,11 +155,11 @@ def _pass_at(episodes_NS: Episodes, success: Callable[[Episode], bool], k: int) 
     )
 
 
-def _rewards(episodes_NS: Episodes) -> dict[str, Counted]:
+def _rewards(episodes_NS: Episodes, fewest: int = 2) -> dict[str, Counted]:
     totals = [[e.reward_totals for e in task] for task in episodes_NS]
     names = dict.fromkeys(name for task in totals for each in task for name in each)
     found = {}
-    for name in names if len(names) > 1 else ():
+    for name in names if len(names) >= fewest else ():
         values = [
             [each[name].value for each in task if name in each and each[name].value is not None]
             for task in totals

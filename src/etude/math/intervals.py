@@ -8,6 +8,8 @@ the tasks [N]: hits over trials, tokens over episodes.
     differences
     means          percentile bootstrap over tasks; paired: the same tasks in both, resampled together
     distinct-n     jackknife over tasks: resampling would count a task's words twice
+    metrics of an  jackknife over groups of tasks
+    environment
 
 Not covered: comparing runs on different tasks, correction for many comparisons. Bounds are NaN where fewer
 than two tasks say anything.
@@ -175,6 +177,8 @@ def percentile_interval(value: float, draws_R: Tensor, tasks: int, confidence: f
 
 def jackknife(value: float, without_N: Tensor, confidence: float = 0.95) -> Interval:
     """value ± z √((N − 1)/N Σ (θ₋ᵢ − mean)²), from the N estimates that leave one task out each.
+
+    Groups of tasks can take the place of tasks: N is then their number.
 
     Tukey 1958; Efron & Tibshirani 1993, "An introduction to the bootstrap", equation 11.5.
     """

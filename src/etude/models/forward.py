@@ -3,8 +3,9 @@
 It is what `accelerator.prepare` wraps. Nobody calls trunk or head around it: gradient synchronisation,
 parameter gathering and autocast would be lost; a value model beside the policy is a part of it, too.
 Sequences come packed end to end; models that can't be packed are padded in here, so that callers never
-notice. Logits are computed at the asked positions only, and chunk by chunk (`head`), unless they are asked
-for themselves.
+notice. An encoder–decoder's encoder reads each source once (`sources`); its decoder's sequences are padded.
+Logits are computed at the asked positions only, and chunk by chunk (`head`), unless they are asked for
+themselves.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from etude.models.attention import steady_kernels
 from etude.models.compiled import compile_layers
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.head import ChunkedHead, token_scores
 from etude.models.packing import supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
+from etude.models.sources import Sources, check_sources, encoded
 from etude.models.value_model import ValueModel
 from etude.models.wrappers import decoder_of, trunk_of
 
@@ -61,10 +65,12 @@ class PolicyForward(nn.Module):
         self.value_model = value_model
         self.values_pack = value_model is not None and supports_packing(decoder_of(value_model.model))
         trunk = trunk_of(model)
-        self.packs = supports_packing(trunk)
+        self.is_encoder_decoder = is_encoder_decoder(trunk)
+        self.packs = not self.is_encoder_decoder and supports_packing(trunk)
         self.head = ChunkedHead.of(trunk, chunk_bytes)
         self._keeps_logits = "logits_to_keep" in inspect.signature(trunk.forward).parameters
         self._has_values = hasattr(model, "v_head")
+        self._settings = steady_kernels(trunk) if self.is_encoder_decoder else {}
 
     def compile_parts(self) -> None:
         """Fuse what can be fused: within decoder layers, and from the output layer to log-probabilities."""
@@ -87,15 +93,23 @@ class PolicyForward(nn.Module):
         entropy_gradient: bool = False,
         prefixes: Sequence[int | None] = (),
         with_values: bool = True,
+        sources: Sources | None = None,
     ) -> PolicyOutput:
         """See `data.batch.PackedBatch` for the arguments; without `prefixes`, no sequence has one.
 
         Without `with_values`, no value model is asked.
+
+        Raises:
+            DataError: there are sources for a decoder, or none for an encoder–decoder.
         """
+        check_sources(trunk_of(self.model), sources)
         head = None if keep_logits else self.head
-        run = self._packed if self.packs else self._padded
         wanted = torch.cat([states, last_states])
-        outputs, values = run(head, input_ids, lengths, prefixes, wanted)
+        if sources is not None:
+            outputs, values = self._decoded(head, input_ids, lengths, sources, wanted)
+        else:
+            run = self._packed if self.packs else self._padded
+            outputs, values = run(head, input_ids, lengths, prefixes, wanted)
         if self.value_model is not None and with_values:
             values = self._values_apart(self.value_model, input_ids, lengths, prefixes, wanted)
         outputs, count = outputs[: len(states)], len(states)
@@ -135,6 +149,21 @@ class PolicyForward(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         inputs, own = padded_inputs(input_ids, lengths, prefixes)
         outputs, values = self._call(head, **inputs)
+        return outputs[own][wanted], None if values is None else values[own][wanted]
+
+    def _decoded(
+        self,
+        head: ChunkedHead | None,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        sources: Sources,
+        wanted: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of an encoder–decoder. Its decoder needs no mask: padding comes after all that is asked for."""
+        inputs, own = padded_inputs(input_ids, lengths)
+        read = encoded(trunk_of(self.model), sources, **self._settings)
+        written = {"decoder_input_ids": inputs["input_ids"], "use_cache": False}
+        outputs, values = self._call(head, **read, **written, **self._settings)
         return outputs[own][wanted], None if values is None else values[own][wanted]
 
     def _values_apart(

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import softmax
 from transformers import PreTrainedConfig
 
 from etude.math.logprobs import scaled_logits
+from etude.models.onednn import product
 
 BLOCK_BYTES = 2**20  # of logits, on a CPU: what stays in its cache while it is gone over a dozen times
 
@@ -88,7 +89,7 @@ class LinearHead(torch.autograd.Function):
         with torch.autocast(weight_VD.device.type, enabled=False):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
-                raw_CV = linear(states_MD[here].to(dtype), weight, bias)
+                raw_CV = product(states_MD[here].to(dtype), weight, bias)
                 scores = passes.scores(raw_CV, targets_M[here, None], finish, temperature)
                 logprobs_M[here], entropies_M[here], totals_M[here], hits_M[here] = scores
         kept_M = entropies_M if entropy_gradient else None
@@ -112,7 +113,7 @@ class LinearHead(torch.autograd.Function):
             for here in _chunks(len(states_MD), rows):
                 states_CD = states_MD[here].to(dtype)
                 d_raw = passes.gradient(
-                    linear(states_CD, weight, bias),
+                    product(states_CD, weight, bias),
                     targets_M[here, None],
                     totals_M[here, None],
                     gradients[0][here, None],
@@ -161,7 +162,7 @@ class LinearTotal(torch.autograd.Function):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for here in _chunks(len(states_MD), rows):
                 states_CD = states_MD[here].to(dtype)
-                raw_CV = linear(states_CD, weight, bias)
+                raw_CV = product(states_CD, weight, bias)
                 for part, raw_BV in _blocks(here, raw_CV):
                     logits_BV, targets_B1 = finish(raw_BV), targets_M[part, None]
                     slope_BV = finish.slope(logits_BV) if learning else None
@@ -196,7 +197,7 @@ def _accumulate(
 ) -> None:
     """Add a chunk's gradient by the layer's output to those by its inputs."""
     if d_states is not None:
-        d_states[here] = (d_raw_CV @ weight_VD).to(d_states.dtype)
+        d_states[here] = product(d_raw_CV, weight_VD.t()).to(d_states.dtype)
     if d_weight is not None and d_weight.dtype == d_raw_CV.dtype:
         d_weight.addmm_(d_raw_CV.t(), states_CD)
     elif d_weight is not None:
@@ -209,11 +210,9 @@ def _probabilities(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tenso
     """Log-probabilities of the targets, entropies, probabilities [C, V], hits. Overwrites the logits."""
     logits_CV.sub_(logits_CV.amax(-1, keepdim=True))
     chosen_C = logits_CV.gather(-1, targets_C1)[:, 0]
-    probs_CV = logits_CV.exp()
-    totals_C1 = probs_CV.sum(-1, keepdim=True)
-    probs_CV.div_(totals_C1)
+    probs_CV = softmax(logits_CV, -1)  # on a CPU faster than the exponentials alone
+    log_totals_C = -probs_CV.amax(-1).log()  # the likeliest one's logit is 0
     logits_CV.clamp_(min=torch.finfo(logits_CV.dtype).min)  # 0 · −inf would be NaN
-    log_totals_C = totals_C1.log()[:, 0]
     entropies_C = log_totals_C - torch.linalg.vecdot(probs_CV, logits_CV)
     return chosen_C - log_totals_C, entropies_C, probs_CV, chosen_C == 0
 

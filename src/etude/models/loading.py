@@ -166,6 +166,24 @@ def load_language_model(name_or_path: str | os.PathLike[str], **options: Any) ->
     return load_causal_lm(name_or_path, seq2seq=True, **options)
 
 
+def holds_encoder_decoder(name_or_path: str | os.PathLike[str], **options: Any) -> bool:
+    """Whether the model in a directory or hub repository, or the base of the adapter in it, is one.
+
+    The options are those of `load_causal_lm`.
+
+    Raises:
+        ModelError: there is no such place, or no model in it.
+    """
+    name = locate(name_or_path, "a model")
+    adapter = find_adapter(name, {key: options[key] for key in HUB_OPTIONS if key in options})
+    if adapter is not None:
+        name, options = (
+            base_of(adapter, name),
+            {**_without(options, "subfolder"), "revision": adapter.revision},
+        )
+    return bool(getattr(_config_in(name, options), "is_encoder_decoder", False))
+
+
 def load_decoder(
     name_or_path: str | os.PathLike[str],
     *,
@@ -188,14 +206,7 @@ def load_decoder(
 def _load_trunk(
     name: str, options: Mapping[str, Any], headless: bool = False, seq2seq: bool = False
 ) -> PreTrainedModel:
-    place = {key: options[key] for key in HUB_OPTIONS if key in options}
-    if os.path.isdir(name) and find_file(name, "config.json", **place) is None:
-        raise ModelError(
-            f"the directory {name!r} has no config.json; expected a checkpoint as save_pretrained writes it. "
-            f"It holds {_listing(name)}"
-        )
-    with explained("the model", name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"], **place)
+    config = _config_in(name, options)
     auto: Any
     auto, harmless = AutoModelForCausalLM, VALUE_HEAD_KEY
     if headless:
@@ -215,6 +226,19 @@ def _load_trunk(
         loaded: Any = auto.from_pretrained(name, output_loading_info=True, **options)
         model, seen["info"] = loaded
     return model
+
+
+def _config_in(name: str, options: Mapping[str, Any]) -> PreTrainedConfig:
+    place = {key: options[key] for key in HUB_OPTIONS if key in options}
+    if os.path.isdir(name) and find_file(name, "config.json", **place) is None:
+        raise ModelError(
+            f"the directory {name!r} has no config.json; expected a checkpoint as save_pretrained writes it. "
+            f"It holds {_listing(name)}"
+        )
+    with explained("the model", name):
+        trusted = options.get("trust_remote_code", False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trusted, **place)
+    return config
 
 
 def _is_decoder(config: PreTrainedConfig) -> bool:

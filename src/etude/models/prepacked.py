@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from etude.models.onednn import has_onednn
+
 
 class PrepackedLinears:
     """Makes a model's linear layers compute from rearranged weights while `active`.
@@ -27,7 +29,7 @@ class PrepackedLinears:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [m for m in model.modules() if _is_served(m)] if _has_onednn() else []
+        self._modules = [m for m in model.modules() if _is_served(m)] if has_onednn() else []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._dtype: torch.dtype | None = None
 
@@ -54,12 +56,6 @@ class PrepackedLinears:
         finally:
             for module in self._modules:
                 del module.__dict__["forward"]
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-    )
 
 
 def _is_served(module: nn.Module) -> bool:

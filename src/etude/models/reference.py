@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from etude.errors import ModelError
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.wrappers import trunk_of, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,7 +32,8 @@ def create_reference_model(
         model: a transformers model or a value-head model around one.
         num_shared_layers: None copies everything. k shares the embeddings and the first k layers: they are
             the same tensors in both models, so they cost no memory and are frozen in **both** (with tied
-            embeddings, the output head too).
+            embeddings, the output head too). The layers are a decoder's; of an encoder-decoder the whole
+            encoder is shared besides.
         pattern: how the layers are named, e.g. "transformer.h.{layer}"; needed only where they are not found.
 
     Raises:
@@ -86,19 +88,25 @@ def _first_parameters(model: nn.Module, num_layers: int, pattern: str | None) ->
     if not 0 <= num_layers <= len(layers):
         raise ModelError(
             f"num_shared_layers is {num_layers}, but the model has {len(layers)} layers; "
-            f"expected 0 (embeddings only) to {len(layers)}, or None to copy everything"
+            f"expected 0 (no layer, but what comes before them) to {len(layers)}, or None to copy everything"
         )
     later = {module for layer in layers[num_layers:] for module in layer.modules()}
     embeddings = [
         module for module in model.modules() if isinstance(module, nn.Embedding) and module not in later
     ]
-    return [parameter for module in [*embeddings, *layers[:num_layers]] for parameter in module.parameters()]
+    trunk = trunk_of(model)
+    encoder = [trunk.get_encoder()] if is_encoder_decoder(trunk) else []
+    shared = [*embeddings, *encoder, *layers[:num_layers]]
+    return [parameter for module in shared for parameter in module.parameters()]
 
 
 def _layers(model: nn.Module) -> Sequence[nn.Module]:
     """The decoder's list of layers: the outermost one that is as long as the configuration says."""
     trunk = trunk_of(model)
-    depth = getattr(trunk.config.get_text_config(), "num_hidden_layers", None)
+    config = trunk.config.get_text_config()
+    # Where an encoder has layers too, `num_hidden_layers` is the number of those.
+    names = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    depth = next((number for name in names if (number := getattr(config, name, None)) is not None), None)
     for module in trunk.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return list(module)

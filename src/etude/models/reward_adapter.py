@@ -2,7 +2,7 @@
 
 One copy of the base serves policy, reference (adapters off) and reward model. Covers adapters of weights that
 PEFT saved for sequence classification, with their score head. Not covered: training one, and adapters with
-further modules of their own (`modules_to_save` besides the score).
+further modules of their own (`modules_to_save` besides the score), and encoder-decoders.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 
 from etude.errors import ModelError
 from etude.models.adapters import current_peft, find_adapter
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.places import explained, locate
-from etude.models.wrappers import decoder_of, unwrapped
+from etude.models.wrappers import decoder_of, trunk_of, unwrapped
 
 DEFAULT_NAME = "reward_model_adapter"  # TRL's
 
@@ -79,6 +80,11 @@ class RewardAdapter:
             raise ModelError(
                 f"the model has an adapter {name!r} already (it has {', '.join(peft.peft_config)}); choose "
                 "another reward_adapter_name"
+            )
+        if is_encoder_decoder(trunk_of(peft)):
+            raise ModelError(
+                "a reward adapter scores what a decoder reads, and this is an encoder-decoder model; score "
+                "with a reward model of its own (ModelReward)"
             )
         source = locate(source, "a reward adapter")
         config, weights, score = _saved(source, place)

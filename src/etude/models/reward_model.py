@@ -34,7 +34,7 @@ from etude.models.score_head import (
     score_layer,
     with_score_head,
 )
-from etude.models.value_head import ValueHead
+from etude.models.with_value_head import ValueHead
 
 
 def load_reward_model(

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.models.value_model import ValueModel
+from etude.models.with_value_head import ModelWithValueHead
 from etude.models.wrappers import decoder_of, trunk_of
 
 Kind = Literal["sequence", "token"]
@@ -99,7 +99,7 @@ def with_score_head(model: nn.Module, kind: Kind) -> PreTrainedModel | PeftModel
         check_labels(kind, trunk_of(model).config.num_labels, f"the {type(trunk_of(model)).__name__}")
         return model
     weight = None
-    if isinstance(model, AutoModelForCausalLMWithValueHead | ValueModel):
+    if isinstance(model, ModelWithValueHead | ValueModel):
         weight = model.v_head.summary.weight.detach() if kind == "sequence" else None
         model = model.model if isinstance(model, ValueModel) else model.pretrained_model
     if isinstance(model, PeftModel):
@@ -138,7 +138,11 @@ def _on_trunk_of(model: PreTrainedModel, kind: Kind, weight: Tensor | None) -> P
             "name or path instead of the model, or load it with "
             f"{AUTO_CLASSES[kind].__name__}.from_pretrained(…, num_labels={LABELS[kind]})"
         )
-    setattr(scorer, scorer.base_model_prefix, trunk)
+    if trunk is model:  # T5: the parts lie in the language model itself, with no model around them
+        for name, _ in list(scorer.base_model.named_children()):
+            setattr(scorer.base_model, name, getattr(model, name))
+    else:
+        setattr(scorer, scorer.base_model_prefix, trunk)
     for module in head_modules(scorer).values():
         if any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device=trunk.device).to(trunk.dtype)

@@ -13,7 +13,7 @@ right otherwise than alone (XLNet), which are refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from etude.errors import ModelError
+from etude.errors import DataError, ModelError
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.packing import probes, supports_packing
 from etude.models.plans import PackedPlan, packed_inputs, padded_inputs
 from etude.models.score_head import Kind, kind_of, score_layer
@@ -87,7 +88,20 @@ class ScoreReader:
         if self.per_token:
             return self._read(model, inputs, own.flatten().nonzero()[:, 0][places])
         assert not any(before is not None for before in prefixes)
+        if is_encoder_decoder(self.model):
+            self._check_ends(ids, lengths)
         return _precise(model(**inputs).logits)
+
+    def _check_ends(self, ids: Tensor, lengths: Sequence[int]) -> None:
+        """Raise unless transformers finds the last end token of each text: it asks for as many in all."""
+        end = self.model.config.eos_token_id
+        counts = torch.stack([row.eq(end).sum() for row in ids.split(list(lengths))])
+        if counts.min() != counts.max() or not counts.min():
+            raise DataError(
+                f"{type(self.model).__name__} scores a text at its end-of-sequence token, and texts of one "
+                f"batch have {int(counts.min())} to {int(counts.max())} of them; expected one, at the end of "
+                "each: leave append_eos on, and write no such token into texts"
+            )
 
     def _read(self, model: nn.Module, inputs: dict[str, Any], places: Tensor) -> Tensor:
         with self._scoring(places) as scores, _padding_allowed(self.model):

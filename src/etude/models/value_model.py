@@ -22,7 +22,7 @@ from etude.models.head_files import load_head, save_head
 from etude.models.loading import load_causal_lm, load_decoder
 from etude.models.places import HUB_OPTIONS, explained, locate
 from etude.models.reward_adapter import merged_with_reward_adapter
-from etude.models.value_head import AutoModelForCausalLMWithValueHead, ValueHead
+from etude.models.with_value_head import ModelWithValueHead, ValueHead
 from etude.models.wrappers import decoder_of, trunk_of
 
 
@@ -53,7 +53,7 @@ class ValueModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str] | PreTrainedModel | PeftModel | AutoModelForCausalLMWithValueHead,
+        source: str | os.PathLike[str] | PreTrainedModel | PeftModel | ModelWithValueHead,
         **options: Any,
     ) -> Self:
         """A value model, made of a model or loaded from a directory or hub id.
@@ -67,7 +67,7 @@ class ValueModel(nn.Module):
         Raises:
             ModelError: the model can't be found or can't give values.
         """
-        if isinstance(source, AutoModelForCausalLMWithValueHead):
+        if isinstance(source, ModelWithValueHead):
             return cls(source.pretrained_model, source.v_head)
         if isinstance(source, PreTrainedModel | PeftModel):
             return cls(source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,8 @@ Point = tuple[int, float | None]  # step and value; None where the run computed 
 # What a reader looks for first; other curves follow in the order in which the run wrote them.
 _FIRST = ("reward", "success", "tool_use", "kl", "length", "loss", "entropy", "ratio", "tokens_per_second")
 _WORDS = {"kl": "KL", "lr": "learning rate", "grad": "gradient", "std": "std. dev.", "frac": "fraction"}
+_WORDS |= {"chrf": "chrF", "bleu": "BLEU", "ter": "TER", "rouge": "ROUGE"}
+_WORDS |= {f"rouge{kind}": f"ROUGE-{kind}" for kind in ("1", "2", "L")}
 _OPEN = 12  # groups are open until this many curves are shown
 _POINTS = 400  # per series; longer ones are averaged
 
@@ -127,7 +129,8 @@ def groups(metrics: Sequence[Mapping[str, Any]]) -> list[Group]:
         prefix, slash, _ = chart.name.partition("/")
         members.setdefault(prefix if slash else "", []).append(chart)
     members[""].sort(key=lambda chart: _rank(chart.name))
-    environments = {name: _telling(charts) for name, charts in members.items() if _is_environment(charts)}
+    mixed = _environments([chart.name for charts in members.values() for chart in charts])
+    environments = {name: _telling(members[name]) for name in mixed}
     found: list[Group] = []
     for name, charts in ({"": members[""]} | environments | members).items():
         charts = environments.get(name, charts)
@@ -138,11 +141,10 @@ def groups(metrics: Sequence[Mapping[str, Any]]) -> list[Group]:
     return found
 
 
-def _is_environment(charts: Sequence[Chart]) -> bool:
-    """Whether these are the curves of one environment of a mixed run."""
-    prefix = charts[0].name.partition("/")[0] if charts else "validation"
-    both = {f"{prefix}/reward", f"{prefix}/success"} <= {chart.name for chart in charts}
-    return both and prefix != "validation"
+def _environments(names: Collection[str]) -> list[str]:
+    """Those of a mixed run: each has a reward and a success."""
+    prefixes = dict.fromkeys(name.partition("/")[0] for name in names)
+    return [p for p in prefixes if p != "validation" and {f"{p}/reward", f"{p}/success"} <= set(names)]
 
 
 def _telling(charts: Sequence[Chart]) -> list[Chart]:
@@ -183,10 +185,14 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     if not drawn:
         return []
     domain = (metrics[0]["step"], metrics[-1]["step"])
-    charts = []
+    charts, environments = [], _environments(drawn)
     for name, points in drawn.items():
-        if name.startswith("validation/") and name.removeprefix("validation/") in drawn:
+        twinned = name.removeprefix("validation/")
+        if name != twinned and twinned in drawn:
             continue  # drawn with its twin
+        if name != twinned and twinned.partition("/")[0] in environments:
+            charts.append(Chart(twinned, {"validation": points}, domain))  # with its environment's others
+            continue
         twin = drawn.get(f"validation/{name}")
         charts.append(Chart(name, {"training": points} | ({"validation": twin} if twin else {}), domain))
     return charts

@@ -21,6 +21,7 @@ from etude.reporting.terminal import number
 Record = Mapping[str, Any]
 CLEAN = "clean"
 _RARE = ("stop/", "tool_errors/")  # shown where they occur
+_BETTER = ("success", "pass@", "reward")  # of all episodes, and of each environment's
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def _by_measure(record: Record) -> TextTable:
         share = any(name in model["shares"] for model in models.values())
         row = [Cell(in_words(visible(name))), *(Cell(_estimate(m.get(name), share)) for m in clean)]
         if len(models) > 1:
-            good = 1 if name.startswith(("success", "pass@", "reward")) else 0
+            better = name.startswith(_BETTER) or name.partition("/")[2].startswith(_BETTER)
+            good = 1 if better else 0
             row.append(_difference(record["differences"][CLEAN].get(name), share, good))
         rows.append(row)
     columns = ["", "A", "B", "A − B"] if len(models) > 1 else ["", ""]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any
 
@@ -39,6 +39,8 @@ class FunctionReward:
         name: in metrics; by default the function's `__name__` or the object's class name.
         weight: of its score in the episode's reward.
         level: what it scores: the "episode" as a whole, each "turn" of it, or each "token".
+        columns: where a parameter's values are, if not in the column of its name: another column's name, or a
+            function of a task.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class FunctionReward:
         name: str | None = None,
         weight: float = 1.0,
         level: Level = "episode",
+        columns: Mapping[str, str | Callable[[Mapping[str, Any]], Any]] | None = None,
     ) -> None:
         self.function = function
         self.name = name_of(function) if name is None else name
         self.weight = check_weight(weight, self.name)
         self.level = check_level(level, self.name)
+        self.columns = dict(columns or {})
         self._parameters = _parameters(function, self.name)
 
     async def __call__(self, episodes: Sequence[Episode]) -> list[Score]:
@@ -62,8 +66,10 @@ class FunctionReward:
         """
         if not episodes:
             return []
+        found = task_columns(episodes)
         available: dict[str, Any] = {
-            **task_columns(episodes),
+            **found,
+            **_elsewhere(self.columns, found, episodes),
             "prompts": [prompt_of(episode) for episode in episodes],
             "completions": [completion_of(episode) for episode in episodes],
         }
@@ -193,6 +199,21 @@ def task_columns(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
     """All columns of the episodes' tasks but the prompt, as lists; None where a task lacks one."""
     names = dict.fromkeys(name for episode in episodes for name in episode.task if name != "prompt")
     return {name: [episode.task.get(name) for episode in episodes] for name in names}
+
+
+def _elsewhere(
+    columns: Mapping[str, str | Callable[[Mapping[str, Any]], Any]],
+    found: Mapping[str, list[Any]],
+    episodes: Sequence[Episode],
+) -> dict[str, list[Any]]:
+    """Values of parameters that aren't in the column of their name; a column that no task has is left out."""
+    values = {}
+    for parameter, place in columns.items():
+        if callable(place):
+            values[parameter] = [place(episode.task) for episode in episodes]
+        elif place in found:
+            values[parameter] = found[place]
+    return values
 
 
 def select_arguments(

@@ -96,12 +96,15 @@ class EpisodeReader:
         """How to read these: by their tokens, if what the model wrote decodes to its text here.
 
         Found out once, by the first episodes with words of the model's. Else as messages, if the tokenizer
-        has a chat template, and as text if not.
+        has a chat template, and as text if not. The same goes for what an encoder–decoder played, whose
+        tokens are two sequences.
         """
         if self.read is not None:
             return self.read
         written = [s for e in episodes for s in e.segments if s.source == "model" and s.token_ids]
-        same = all(self._means_the_same(s.token_ids, s.text) for s in written)
+        same = not any(e.source_ids for e in episodes) and all(
+            self._means_the_same(s.token_ids, s.text) for s in written
+        )
         read: Reading = "tokens" if same else "messages" if self.tokenizer.chat_template else "text"
         if written:
             self.read = read
@@ -119,9 +122,14 @@ class EpisodeReader:
         return "".join(text.split())
 
     def check_tokens(self, episodes: Sequence[Episode], name: str) -> None:
-        """Raise `RewardError` for tokens that the model doesn't embed."""
+        """Raise `RewardError` for tokens that the model doesn't embed, and for those of two sequences."""
         known: Any = self.scores.model.get_input_embeddings().num_embeddings
         for index, episode in enumerate(episodes):
+            if episode.source_ids:
+                raise RewardError(
+                    f"reward {name!r} reads tokens, and episode {index} is an encoder-decoder's, whose "
+                    "tokens are two sequences; use read='text' or 'messages'"
+                )
             if max(episode.token_ids, default=0) >= known:
                 raise RewardError(
                     f"reward {name!r} reads tokens, and episode {index} has one that its model doesn't know "

@@ -20,7 +20,7 @@ from etude.protocols import Reward
 from etude.runtime.loop import run_sync
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
-from etude.sampling.params import sampling_params
+from etude.sampling.params import decoder_start, sampling_params
 from etude.types import Episode, Sampled, Segment, StopReason
 
 _STOPS = {
@@ -36,10 +36,10 @@ class BestOfNSampler:
     The arguments are TRL 0.7.4's.
 
     Args:
-        model: a causal language model, with or without a value head.
+        model: a language model, with or without a value head.
         tokenizer: of the model.
-        queries_to_scores: takes a query's texts (query and continuation), returns a score for each; or a
-            `Reward`, which scores each continuation as an episode of one turn.
+        queries_to_scores: takes a query's texts (query and continuation; an encoder–decoder's answers alone),
+            returns a score for each; or a `Reward`, which scores each continuation as an episode of one turn.
         length_sampler: gives `max_new_tokens`, anew for each query.
         sample_size: continuations per query.
         seed: of the continuations; `set_seed` decides it by default.
@@ -97,13 +97,14 @@ class BestOfNSampler:
             generation_kwargs: as for `transformers`' `generate`; sampling unless `do_sample=False`.
 
         Returns:
-            For each query its `n_candidates` best texts, query included, best first.
+            For each query its `n_candidates` best texts, best first; a decoder's include the query.
 
         Raises:
             RewardError: there are not as many scores as texts, or one of them is not a finite number.
         """
         queries = _queries(tokenized_query)
         settings = {**self.settings, **generation_kwargs}
+        start = list(decoder_start(settings, self.sampler.decoder_start))
         params = [
             sampling_params({**settings, "max_new_tokens": int(self.length_sampler())}, self.tokenizer)
             for _ in queries
@@ -116,24 +117,28 @@ class BestOfNSampler:
             [query for query in queries for _ in range(n)],
             [settings for settings in params for _ in range(n)],
             seeds,
+            start,
         )
         special = set(self.tokenizer.all_special_ids) if skip_special_tokens else set()
-        ids = [[*queries[i // n], *turn.token_ids] for i, turn in enumerate(turns)]
+        ids = [[*(start or queries[i // n]), *turn.token_ids] for i, turn in enumerate(turns)]
         texts = [decode(self.tokenizer, [t for t in tokens if t not in special]) for tokens in ids]
         best = []
-        for scores, texts_n in zip(self._scores(queries, turns, texts), _groups(texts, n), strict=True):
+        found = self._scores(queries, turns, texts, start)
+        for scores, texts_n in zip(found, _groups(texts, n), strict=True):
             order = scores.argsort(descending=True, stable=True)
             best.append([texts_n[i] for i in order[: self.n_candidates].tolist()])
         return best
 
     def _scores(
-        self, queries: Sequence[list[int]], turns: Sequence[Sampled], texts: Sequence[str]
+        self, queries: Sequence[list[int]], turns: Sequence[Sampled], texts: Sequence[str], start: list[int]
     ) -> list[Tensor]:
         """For each query the scores [n] of its continuations."""
         score, n = self.queries_to_scores, self.sample_size
         given: list[Any]
         if isinstance(score, Reward):
-            episodes = [_episode(self.tokenizer, queries[i // n], turn) for i, turn in enumerate(turns)]
+            episodes = [
+                _episode(self.tokenizer, queries[i // n], turn, start) for i, turn in enumerate(turns)
+            ]
             given = _groups([score.weight * _total(each) for each in run_sync(score(episodes))], n)
         else:
             given = [score(list(texts_n)) for texts_n in _groups(texts, n)]
@@ -161,11 +166,16 @@ def _total(score: float | Sequence[float | None] | None) -> float:
     return sum(part for part in parts if part is not None)
 
 
-def _episode(tokenizer: PreTrainedTokenizerBase, query: list[int], turn: Sampled) -> Episode:
+def _episode(
+    tokenizer: PreTrainedTokenizerBase, query: list[int], turn: Sampled, start: list[int]
+) -> Episode:
     prompt = decode(tokenizer, query)
+    before = [Segment("prompt", prompt, query, encoder=bool(start))]
+    if start:
+        before.append(Segment("environment", "", start))
     return Episode(
         task={"prompt": prompt},
-        segments=[Segment("prompt", prompt, query), *turn.segments()],
+        segments=[*before, *turn.segments()],
         stop=_STOPS[turn.finish],
     )
 

@@ -28,6 +28,10 @@ class GreedySampler:
         return self._sampler.max_length
 
     @property
+    def max_source_length(self) -> int:
+        return self._sampler.max_source_length
+
+    @property
     def decoder_start(self) -> tuple[int, ...]:
         return self._sampler.decoder_start
 

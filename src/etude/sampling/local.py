@@ -17,7 +17,6 @@ Not covered: other processes or machines.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,13 +34,12 @@ from etude.sampling.backends import choose_backend, free_memory
 from etude.sampling.draw import Draw, begin_draw, begin_draw_each
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheLimits, format_size, parse_size
+from etude.sampling.schedule import Schedule
 from etude.sampling.session import LocalSession, Turn
 from etude.sampling.slots import Slots
 from etude.sampling.stop import KnownStops
 from etude.sampling.weights import WeightWatch
 from etude.types import FinishReason, Sampled, SamplingParams
-
-_UNKNOWN = (0,)  # stands in for a token that Python doesn't know yet
 
 
 @dataclass(slots=True)
@@ -132,7 +130,7 @@ class LocalSampler:
         self.max_length = min(max_length or default, limit)
         self.max_source_length = min(max_source_length or default, limit) if reads else 0
         self.policy_version = 0
-        self.tokens_fed = self.tokens_copied = self.tokens_sampled = self.steps = 0
+        self.tokens_fed = self.tokens_sampled = self.steps = 0
         self._backend = choose_backend(
             self.model,
             self.max_length,
@@ -142,11 +140,11 @@ class LocalSampler:
         )
         self._linears = _prepacked(self.model, prepack)
         self.limits = self._limits(cache_bytes)
-        self._slots = Slots(self.limits)
+        self._schedule = Schedule(
+            Slots(self.limits), prefill_tokens=prefill_tokens, deterministic=deterministic
+        )
         self._backend.resize(self._slots.count, self._slots.length, kept=[])
         self._weights = WeightWatch(self.model)
-        self._waiting: deque[Turn] = deque()
-        self._running: list[Turn] = []
         self._flight: Flight | None = None
         self._pump: asyncio.Task[None] | None = None
         self._stops = KnownStops(tokenizer)
@@ -178,8 +176,8 @@ class LocalSampler:
     def release(self, session: LocalSession) -> None:
         """Take back the session's slot, if it has one; a turn that is being sampled in it fails."""
         if session.busy:
-            for turn in [turn for turn in (*self._running, *self._waiting) if turn.session is session]:
-                self._leave(turn)
+            for turn in [turn for turn in self._schedule.turns if turn.session is session]:
+                self._schedule.leave(turn)
                 if not turn.result.done():
                     turn.result.set_exception(SamplerError("the session was closed while it sampled a turn"))
         self._slots.release(session)
@@ -200,6 +198,15 @@ class LocalSampler:
             return
         for session in self._slots.holders.values():
             session.cached = 0
+
+    @property
+    def tokens_copied(self) -> int:
+        """Tokens of shared beginnings that were copied between slots."""
+        return self._schedule.tokens_copied
+
+    @property
+    def _slots(self) -> Slots:
+        return self._schedule.slots
 
     @property
     def held_bytes(self) -> int:
@@ -249,7 +256,7 @@ class LocalSampler:
             self._finish(turn, finish)
             return future.result()
         session.busy = True
-        self._waiting.append(turn)
+        self._schedule.waiting.append(turn)
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._run())
         try:
@@ -270,7 +277,7 @@ class LocalSampler:
         """Step while there is work; yield between steps, so that finished episodes move on."""
         try:
             with self._evaluating(), self._weights:
-                while self._waiting or self._running or self._flight:
+                while self._schedule.turns or self._flight:
                     self._step()
                     await asyncio.sleep(0)
         except BaseException as error:  # every turn that waits for this task must hear of it
@@ -281,17 +288,18 @@ class LocalSampler:
     @torch.no_grad()
     def _step(self) -> None:
         """Feed every running row what it has not seen, draw a token for those that have seen all."""
-        if self._weights.changed(closely=bool(self._waiting)):
+        if self._weights.changed(closely=bool(self._schedule.waiting)):
             self.weights_changed()
-        self._admit()
-        runs_ahead = self._backend.runs_ahead and not any(turn.needs_history for turn in self._running)
+        self._schedule.admit(self._backend, self.steps)
+        running = self._schedule.running
+        runs_ahead = self._backend.runs_ahead and not any(turn.needs_history for turn in running)
         if not runs_ahead:
             self._land()
-        feeds, turns = self._schedule()
+        feeds, turns = self._schedule.feeds(self._backend, self.policy_version)
         while (needed := max((feed.end for feed in feeds), default=0)) > self._slots.length:
             self._land()
-            self._grow(needed)
-            feeds, turns = self._schedule()
+            self._schedule.grow(self._backend, needed)
+            feeds, turns = self._schedule.feeds(self._backend, self.policy_version)
         flight = self._launch(feeds, turns) if feeds else None
         self._land()
         self._flight = flight
@@ -327,56 +335,6 @@ class LocalSampler:
             draw = begin(logits if len(ready) == len(turns) else logits[ready], rows)
         return Flight(drawing, draw, self.policy_version)
 
-    def _schedule(self) -> tuple[list[Feed], list[Turn]]:
-        """Rows that decode always take part; prompts share the step's token budget."""
-        feeds, turns = [], []
-        budget = self.prefill_tokens
-        for turn in self._running:
-            session = turn.session
-            assert session.slot is not None, "a running turn has a slot"
-            if turn.coming is not None:
-                if not turn.ends_by_length:
-                    feeds.append(Feed(session.slot, session.cached, _UNKNOWN, session.family, turn.coming))
-                    turns.append(turn)
-                continue
-            if not self.deterministic and session.source is not None and not self._copy_prefix(session):
-                continue
-            prompt = session.cached + 1 < len(session.token_ids)
-            pending = self._pending(session, budget if prompt else 1)
-            if prompt:
-                budget -= len(pending)
-            if pending:
-                source = session.source_ids
-                feeds.append(Feed(session.slot, session.cached, pending, session.family, source_ids=source))
-                turns.append(turn)
-        # Rows that decode first and by slot: in this order they are one block of the cache as they stand.
-        order = sorted(range(len(feeds)), key=lambda i: (len(feeds[i].token_ids) > 1, feeds[i].slot))
-        return [feeds[i] for i in order], [turns[i] for i in order]
-
-    def _pending(self, session: LocalSession, budget: int) -> list[int]:
-        """What the session is fed next; deterministic: its own next piece, whole, while there is budget."""
-        if budget <= 0:
-            return []
-        end = session.cached + budget
-        if self.deterministic:
-            end = session.next_end(self.prefill_tokens, self.policy_version)
-        return session.token_ids[session.cached : end]
-
-    def _copy_prefix(self, session: LocalSession) -> bool:
-        """Take the shared beginning from its holder's slot; False while the holder is still being fed it."""
-        assert session.source is not None
-        assert session.slot is not None
-        holder, length = session.source
-        if holder.slot is not None and holder.cached >= length:
-            if self._backend.copy(holder.slot, session.slot, length):
-                session.cached = length
-                session.join(holder, length)
-                self.tokens_copied += length
-        elif holder.slot is not None and holder.busy:
-            return False
-        session.source = None
-        return True
-
     def _land(self) -> None:
         """Learn what the latest draw gave; turns that end by it leave."""
         if self._flight is None:
@@ -398,7 +356,7 @@ class LocalSampler:
             if finish is not None:
                 self._finish(turn, finish)
         if any(turn.over for turn in flight.turns):
-            self._running = [turn for turn in self._running if not turn.over]
+            self._schedule.drop_finished()
 
     def _finish(self, turn: Turn, finish: FinishReason) -> None:
         sampled = turn.sampled(self.tokenizer, finish)
@@ -409,56 +367,17 @@ class LocalSampler:
         if not turn.result.done():
             turn.result.set_result(sampled)
 
-    def _grow(self, needed: int) -> None:
-        """Make slots longer. Turns whose session loses its slot by that wait, before all others."""
-        kept = self._slots.grow(needed)
-        self._backend.resize(self._slots.count, self._slots.length, kept)
-        evicted = [turn for turn in self._running if turn.session.slot is None]
-        self._running = [turn for turn in self._running if turn.session.slot is not None]
-        self._waiting.extendleft(reversed(evicted))
-
-    def _admit(self) -> None:
-        """Waiting turns become running ones: those whose session kept its slot, others while slots last."""
-        if self._slots.restart():
-            self._backend.resize(self._slots.count, self._slots.length, kept=[])
-        still_waiting: deque[Turn] = deque()
-        for turn in self._waiting:
-            if turn.session.slot is None and not self._slots.take(
-                turn.session, self.steps, idle=not self._running
-            ):
-                still_waiting.append(turn)
-            else:
-                self._running.append(turn)
-        self._waiting = still_waiting
-        if not self._waiting and self._backend.closes_up:
-            self._close_up()
-
-    def _close_up(self) -> None:
-        """Nobody waits for the slots that became free: fill them from above, so that steps read no holes."""
-        while (hole := self._slots.hole()) is not None:
-            session, target = hole
-            assert session.slot is not None
-            self._backend.copy(session.slot, target, session.cached)
-            self._slots.move(session, target)
-
     def _withdraw(self, turn: Turn) -> None:
         """A turn that nobody waits for any more leaves, and its session with it."""
-        self._leave(turn)
+        self._schedule.leave(turn)
         turn.session.close()
 
-    def _leave(self, turn: Turn) -> None:
-        turn.over = True
-        for turns in (self._waiting, self._running):
-            if turn in turns:
-                turns.remove(turn)
-
     def _fail(self, error: BaseException) -> None:
-        for turn in [*self._running, *self._waiting]:
+        for turn in self._schedule.turns:
             failure = SamplerError(f"the sampler stopped: {error!r}")
             failure.__cause__ = error
             self._fail_turn(turn, failure)
-        self._running.clear()
-        self._waiting.clear()
+        self._schedule.clear()
         self._flight = None
 
     def _fail_turn(self, turn: Turn, failure: SamplerError) -> None:

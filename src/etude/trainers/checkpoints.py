@@ -15,9 +15,9 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
 from etude.errors import CheckpointError
 from etude.models.head_files import load_head
-from etude.models.loading import load_causal_lm
+from etude.models.loading import load_language_model
 from etude.models.reward_adapter import adapted, policy_adapters
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.with_value_head import ModelWithValueHead
 from etude.models.wrappers import trunk_of
 
 if TYPE_CHECKING:
@@ -88,10 +88,10 @@ def load_models(trainer: OnlineTrainer, directory: Path) -> None:
     if peft is not None:  # the directory holds its adapter only
         set_peft_model_state_dict(peft, load_peft_weights(str(directory), device="cpu"))
     else:
-        saved = load_causal_lm(directory, dtype=model.dtype)
+        saved = load_language_model(directory, dtype=model.dtype)
         with torch.no_grad():
             trunk_of(model).load_state_dict(saved.state_dict())
-    if isinstance(model, AutoModelForCausalLMWithValueHead):
+    if isinstance(model, ModelWithValueHead):
         load_head(model.v_head, str(directory), {})
     if value_model is not None:
         value_model.load_weights(directory / VALUE_MODEL)

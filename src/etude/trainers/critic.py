@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from etude.errors import ConfigError, ModelError
+from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.value_model import ValueModel
 from etude.models.wrappers import trunk_of
 from etude.trainers.ppo_config import PPOConfig
@@ -20,8 +21,13 @@ def critic_of(source: Any, policy: Policy) -> ValueModel:
 
     Raises:
         ConfigError: it is made of the policy's own weights.
-        ModelError: it can't give values.
+        ModelError: it can't give values, or the policy is an encoder–decoder.
     """
+    if is_encoder_decoder(trunk_of(policy)):
+        raise ModelError(
+            f"{type(trunk_of(policy)).__name__} is an encoder-decoder model, which can't have a value model "
+            "of its own; leave value_model out: a value head on the policy's decoder gives the values"
+        )
     if isinstance(source, str | Path):
         model = ValueModel.from_pretrained(source, dtype=policy.dtype)
     else:

@@ -44,6 +44,7 @@ from etude.data.files import Rows
 from etude.errors import ConfigError
 from etude.models.adapters import add_adapter
 from etude.models.loading import load_chat_template, load_language_model
+from etude.models.onednn import onednn_linears
 from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.trainers.data_config import DataConfig
@@ -194,6 +195,10 @@ class DataTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         items = torch.tensor(sum(_items(batch) for batch in batches), device=device)
         return batches, self.accelerator.reduce(items, "sum")
+
+    def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
+        with onednn_linears(model):
+            return super().training_step(model, *args, **options)
 
     def compute_loss(
         self,

@@ -69,9 +69,11 @@ class IterativeSFTTrainer(GroupTrainer):
         """One optimizer step of supervised learning on what you chose.
 
         Args:
-            input_ids: token ids [n] each.
-            labels: [n] each, −100 for tokens that are not to be imitated; `input_ids` by default.
-            texts: instead of both; all of each text is imitated, and an end-of-sequence token after it.
+            input_ids: token ids [n] each; what an encoder–decoder's encoder reads.
+            labels: [n] each, −100 for tokens that are not to be imitated; `input_ids` by default. Of an
+                encoder–decoder, what its decoder should say to each of them [m].
+            texts: instead of both; all of each text is imitated, and an end-of-sequence token after it. Not
+                for encoder–decoders.
 
         Returns:
             The loss and the gradient's norm.
@@ -93,6 +95,11 @@ class IterativeSFTTrainer(GroupTrainer):
         labels: Sequence[Tensor] | None,
         texts: Sequence[str] | None,
     ) -> list[Trajectory]:
+        if self.is_encoder_decoder and (texts is not None or input_ids is None or labels is None):
+            raise DataError(
+                "an encoder-decoder learns to answer: pass input_ids, which its encoder reads, and labels, "
+                "which its decoder should say"
+            )
         if (input_ids is None) == (texts is None):
             raise DataError("step takes either texts or input_ids; pass one of them")
         if texts is not None:
@@ -106,6 +113,9 @@ class IterativeSFTTrainer(GroupTrainer):
             raise DataError(f"step got {len(input_ids)} input_ids and {len(labels)} labels")
         rows = []
         for i, (ids, wanted) in enumerate(zip(input_ids, labels, strict=True)):
+            if self.is_encoder_decoder and ids.dim() == wanted.dim() == 1:
+                rows.append(self._answer(ids.cpu(), wanted.cpu()))
+                continue
             if ids.dim() != 1 or ids.shape != wanted.shape:
                 raise DataError(
                     f"input_ids[{i}] has shape {tuple(ids.shape)} and labels[{i}] {tuple(wanted.shape)}; "
@@ -116,3 +126,10 @@ class IterativeSFTTrainer(GroupTrainer):
         if not any(len(row.sampled) for row in rows):
             raise DataError("nothing to imitate: no label beyond the first token of a sequence is a token")
         return rows
+
+    def _answer(self, source: Tensor, labels: Tensor) -> Trajectory:
+        """An encoder–decoder's row: its decoder is to go on from the start token with the labels."""
+        start = torch.tensor(self.starts[0][:1])
+        imitated = (labels != -100).nonzero()[:, 0]
+        said = labels.masked_fill(labels == -100, self.tokenizer.pad_token_id or 0)  # as models shift labels
+        return Trajectory(torch.cat([start, said]), imitated + 1, score=0.0, source_ids=source)

@@ -46,7 +46,8 @@ class Learner:
             Processes may then differ in their number of passes: not for parameters sharded over them.
         entropy_gradient: let gradients flow through entropies, for losses with a bonus for them.
         share_prefixes: compute what the trajectories of a pass begin with once for all of them, and put those
-            of an optimizer step that begin alike into the same passes. For models that can be packed.
+            of an optimizer step that begin alike into the same passes. For models that can be packed, and
+            for encoder–decoders, whose beginning is what the encoder reads.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Learner:
         self.max_tokens_per_pass = max_tokens_per_pass
         self.entropy_gradient = entropy_gradient
         unwrapped: PolicyForward = accelerator.unwrap_model(policy)
-        self.share_prefixes = share_prefixes and unwrapped.packs
+        self.share_prefixes = share_prefixes and (unwrapped.packs or unwrapped.is_encoder_decoder)
 
     @torch.no_grad()
     def observe(
@@ -223,7 +224,11 @@ class Learner:
     def _passes(self, trajectories: Sequence[Trajectory], indices: Sequence[int]) -> list[list[int]]:
         """The trajectories at `indices` as the forward passes they take; those that begin alike together."""
         sequences = [trajectories[i].token_ids for i in indices]
-        passes = into_passes(sequences, self.mini_batch_size, self.max_tokens_per_pass, self.share_prefixes)
+        given = [source for i in indices if (source := trajectories[i].source_ids) is not None]
+        sources = given if len(given) == len(indices) else None
+        passes = into_passes(
+            sequences, self.mini_batch_size, self.max_tokens_per_pass, self.share_prefixes, sources
+        )
         return [[indices[place] for place in places] for places in passes]
 
     def _minibatch(
@@ -278,6 +283,7 @@ class Learner:
                 entropy_gradient,
                 batch.prefixes,
                 with_values,
+                batch.sources,
             )
 
     @contextmanager

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from etude.trainers.episode_metrics import Mean
+
 Sums = Mapping[str, tuple[Tensor | float, Tensor | float]]  # name → sum, and how many it is a sum of
 
 
@@ -49,22 +51,18 @@ def _precise(number: Tensor) -> Tensor:
     return number.float() if number.device.type == "mps" else number.double()
 
 
-def mean_over_processes(
-    metrics: Mapping[str, float], counts: Mapping[str, float], accelerator: Accelerator
-) -> dict[str, float]:
-    """Weighted mean over the processes that have a metric: one that sampled nothing lacks some.
+def mean_over_processes(metrics: Mapping[str, Mean | float], accelerator: Accelerator) -> dict[str, float]:
+    """Mean over the processes that have a metric: one that sampled nothing lacks some.
 
-    Args:
-        counts: this process's weight: of what is named after an environment ("calculator/reward") the number
-            of its episodes here, of everything else that of "".
+    What is a mean weighs as much as it is of, other numbers are all alike.
     """
+    means = {name: m if isinstance(m, Mean) else Mean(m, 1) for name, m in metrics.items()}
     if accelerator.num_processes == 1:
-        return dict(metrics)
+        return {name: mean.value for name, mean in means.items()}
     totals: dict[str, float] = defaultdict(float)
-    weights: dict[str, float] = defaultdict(float)
-    for theirs, shares in gather_object([(dict(metrics), dict(counts))]):
-        for name, value in theirs.items():
-            share = shares.get(name.partition("/")[0], shares[""])
-            totals[name] += value * share
-            weights[name] += share
-    return {name: total / weights[name] for name, total in totals.items()}
+    weights: dict[str, int] = defaultdict(int)
+    for theirs in gather_object([means]):
+        for name, mean in theirs.items():
+            totals[name] += mean.value * mean.of
+            weights[name] += mean.of
+    return {name: total / max(weights[name], 1) for name, total in totals.items()}

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.batch import Trajectory
+from etude.environments.mixed import by_environment
 from etude.environments.orchestrator import play_episodes
 from etude.environments.traits import max_length_of, parts_of
 from etude.errors import ConfigError, DataError
@@ -35,7 +36,12 @@ from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory, Split
 from etude.sampling.local import LocalSampler
 from etude.trainers.checkpoints import load_checkpoint, load_models, save_checkpoint
-from etude.trainers.episode_metrics import by_environment, episode_metrics, measures_by_environment
+from etude.trainers.episode_metrics import (
+    Mean,
+    environment_metrics,
+    episode_metrics,
+    measures_by_environment,
+)
 from etude.trainers.interrupt import interrupt_after
 from etude.trainers.means import mean_over_processes
 from etude.trainers.online_config import OnlineConfig
@@ -45,7 +51,6 @@ from etude.trainers.tasks import Tasks, load_tasks
 from etude.types import Episode
 
 _EPISODES, _EVALUATION = 2, 3  # names of random streams; 1 is the order of tasks
-_ALIKE: Mapping[str, float] = MappingProxyType({"": 1.0})
 
 
 class OnlineTrainer(ABC):
@@ -153,8 +158,7 @@ class OnlineTrainer(ABC):
                     "tokens_per_second": sum(sum(e.sampled) for e in episodes) / (ended - started),
                     "time/rollout": played - started,
                     "time/update": ended - played,
-                },
-                {**self._counts(episodes), **_ALIKE},
+                }
             )
             self._log(run, metrics, episodes)
             display.update(self.current_step, metrics)
@@ -198,7 +202,7 @@ class OnlineTrainer(ABC):
         seeds = [mix(self.config.seed, _EVALUATION, i) for i in indices]
         episodes = self.play([rows[i] for i in indices], seeds)
         metrics = episode_metrics(episodes, self.config.success_reward, self._parts)
-        return self._average(metrics, self._counts(episodes)), episodes
+        return {**environment_metrics(self._environment, episodes), **self._average(metrics)}, episodes
 
     def _measure(self, split: Split, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
         """Success on held-out tasks, on which nothing is selected."""
@@ -318,15 +322,8 @@ class OnlineTrainer(ABC):
     def _report(self, run: RunDirectory) -> Path | None:
         return write_report(run.path) if self.accelerator.is_main_process else None
 
-    def _average(
-        self, metrics: Mapping[str, float], counts: Mapping[str, float] = _ALIKE
-    ) -> dict[str, float]:
-        """Means over processes, see `mean_over_processes`."""
-        return mean_over_processes(metrics, counts, self.accelerator)
-
-    def _counts(self, episodes: Sequence[Episode]) -> dict[str, int]:
-        own = by_environment(episodes, self._parts)
-        return {"": len(episodes), **{name: len(those) for name, those in own.items()}}
+    def _average(self, metrics: Mapping[str, Mean | float]) -> dict[str, float]:
+        return mean_over_processes(metrics, self.accelerator)
 
     @property
     def _parts(self) -> Mapping[str, Environment]:

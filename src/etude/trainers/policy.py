@@ -21,13 +21,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from etude.environments.traits import check_environment, parts_of, tokenizer_of
+from etude.environments.mixed import check_success
+from etude.environments.traits import check_environment, tokenizer_of
 from etude.errors import ConfigError, DataError, ModelError
 from etude.math.counters import mix
 from etude.math.kl import KLKind
 from etude.math.losses import aggregate
 from etude.math.masked import masked_mean
 from etude.math.off_policy import importance_weights
+from etude.models.encoder_decoder import decoder_start_ids, is_encoder_decoder
 from etude.models.forward import PolicyForward
 from etude.models.reference import create_reference_model, reference_by_disabled_adapters
 from etude.models.value_model import ValueModel
@@ -36,9 +38,8 @@ from etude.protocols import Environment
 from etude.runtime.model_card import write_model_card
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
-from etude.sampling.params import sampling_params
+from etude.sampling.params import decoder_start, sampling_params
 from etude.trainers.checkpoints import save_models
-from etude.trainers.episode_metrics import SuccessReward
 from etude.trainers.experience import Experience, Minibatch
 from etude.trainers.learner import Learner
 from etude.trainers.online import OnlineTrainer
@@ -97,7 +98,7 @@ class PolicyTrainer(OnlineTrainer):
     ) -> None:
         if environment is not None:
             check_environment(environment)
-            _check_success(config.success_reward, parts_of(environment))
+            check_success(config.success_reward, environment)
         if tokenizer is None:
             tokenizer = tokenizer_of(environment)
         if tokenizer is None:
@@ -117,6 +118,8 @@ class PolicyTrainer(OnlineTrainer):
         config.world_size = self.accelerator.num_processes
 
         self.is_peft_model = any(isinstance(module, PeftModel) for module in unwrapped(model))
+        self.is_encoder_decoder = is_encoder_decoder(trunk_of(model))
+        self._starts: dict[tuple[int, ...], None] = {}  # that responses were begun with
         self.ref_model = self._reference(ref_model, num_shared_layers) if uses_reference else None
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
@@ -259,10 +262,11 @@ class PolicyTrainer(OnlineTrainer):
         """Continue queries with the current policy.
 
         Args:
-            query_tensor: token ids [q], or a list of such.
+            query_tensor: token ids [q], or a list of such. An encoder–decoder's encoder reads them, and its
+                response begins with its decoder's start tokens.
             length_sampler: gives `max_new_tokens`, anew for each query.
             batch_size: taken for compatibility; the sampler batches by itself.
-            return_prompt: put the query before each response.
+            return_prompt: put the query before each response; not an encoder–decoder's.
             generate_ref_response: also continue with the reference policy.
             generation_kwargs: as for `transformers`' `generate`: greedy unless `do_sample=True`. A
                 `forced_prefix` begins each response; for `step`, mask its tokens with 0 in
@@ -286,9 +290,12 @@ class PolicyTrainer(OnlineTrainer):
         seeds = [mix(self.config.seed, _GENERATE, first + i) for i in range(len(queries))]
 
         def continued(sampler: LocalSampler) -> Any:
-            turns = continue_all(sampler, [query.tolist() for query in queries], settings, seeds)
-            responses = [q.new_tensor(turn.token_ids) for q, turn in zip(queries, turns, strict=True)]
-            if return_prompt:
+            start = decoder_start(generation_kwargs, sampler.decoder_start)
+            self._starts[start] = None
+            turns = continue_all(sampler, [query.tolist() for query in queries], settings, seeds, start)
+            said = [[*start, *turn.token_ids] for turn in turns]
+            responses = [query.new_tensor(ids) for query, ids in zip(queries, said, strict=True)]
+            if return_prompt and not start:
                 responses = [torch.cat([q, r]) for q, r in zip(queries, responses, strict=True)]
             return responses if isinstance(query_tensor, list) else responses[0][None]
 
@@ -297,6 +304,15 @@ class PolicyTrainer(OnlineTrainer):
             return result
         with self._reference_sampler() as sampler:
             return result, continued(sampler)
+
+    @property
+    def starts(self) -> list[tuple[int, ...]]:
+        """What an encoder–decoder's responses may begin with: its own, its environment's, `generate`'s."""
+        if not self.is_encoder_decoder:
+            return []
+        own = decoder_start_ids(trunk_of(self.model))
+        settings = getattr(self.environment, "generation_kwargs", None)
+        return [*dict.fromkeys([own, decoder_start(settings, own), *self._starts])]
 
     @contextmanager
     def _reference_sampler(self) -> Iterator[LocalSampler]:
@@ -347,12 +363,4 @@ class PolicyTrainer(OnlineTrainer):
             trainer=type(self).__name__,
             method=self.method,
             config_summary=changed_settings(self.config),
-        )
-
-
-def _check_success(success_reward: SuccessReward, environments: Mapping[str, Environment]) -> None:
-    if isinstance(success_reward, Mapping) and set(success_reward) != set(environments):
-        named = " and ".join(map(repr, environments)) or "none: the environment isn't mixed"
-        raise ConfigError(
-            f"success_reward is of {', '.join(success_reward)}; expected a number, or one for each of {named}"
         )

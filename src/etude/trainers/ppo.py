@@ -27,7 +27,7 @@ from etude.data.batch import Trajectory
 from etude.errors import ConfigError
 from etude.math.kl import AdaptiveKLController, FixedKLController, KLController
 from etude.math.losses import aggregate, clipped_policy_loss, clipped_value_loss
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.with_value_head import ModelWithValueHead
 from etude.protocols import Environment
 from etude.runtime.run import RunDirectory
 from etude.trainers.clock import Clock
@@ -54,7 +54,7 @@ class PPOTrainer(PolicyTrainer):
 
     Args:
         config: the settings.
-        model: with a value head; a plain causal model is given one. Beside a `value_model` it has none: one
+        model: with a value head; a plain language model is given one. Beside a `value_model` it has none: one
             that it came with is left out.
         ref_model: what the KL is measured to. By default a frozen copy of `model`; for a model with
             adapters, the same model with them switched off.
@@ -80,7 +80,7 @@ class PPOTrainer(PolicyTrainer):
     def __init__(
         self,
         config: PPOConfig,
-        model: AutoModelForCausalLMWithValueHead | PreTrainedModel | PeftModel | str,
+        model: ModelWithValueHead | PreTrainedModel | PeftModel | str,
         ref_model: nn.Module | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: Any = None,
@@ -124,7 +124,6 @@ class PPOTrainer(PolicyTrainer):
         )
         if critic is not None:
             check_vocabulary(critic, self.tokenizer)
-        self.is_encoder_decoder = False
         self._fill_in_config()
         self.kl_ctl: KLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -265,22 +264,25 @@ class PPOTrainer(PolicyTrainer):
         """One PPO step on responses that the current policy sampled at `config.temperature`.
 
         Args:
-            queries, responses: token ids [q], [r], `config.batch_size` of each.
+            queries, responses: token ids [q], [r], `config.batch_size` of each. An encoder–decoder's encoder
+                reads the query; its response begins with its decoder's start tokens, as `generate` gives it.
             scores: one number per response.
-            response_masks: [r] each, 1 for tokens that the policy sampled; all of them by default.
+            response_masks: [r] each, 1 for tokens that the policy sampled; by default all of them but a
+                decoder's start tokens.
 
         Returns:
             Statistics under TRL 0.7.4's keys.
 
         Raises:
-            DataError: a list has the wrong length or type.
+            DataError: a list has the wrong length or type, or a response doesn't begin as it has to.
             RewardError: a score is NaN or infinite.
         """
         check_step(self.config.batch_size, queries, responses, scores, response_masks)
         values = [finite_score(score, i) for i, score in enumerate(scores)]
         masks: Sequence[Tensor | None] = response_masks or [None] * len(queries)
+        starts = self.starts
         trajectories = [
-            Trajectory.of_response(query.cpu(), response.cpu(), value, mask)
+            Trajectory.of_response(query, response, value, mask, starts)
             for query, response, value, mask in zip(queries, responses, values, masks, strict=True)
         ]
         stats = self.learn(trajectories)

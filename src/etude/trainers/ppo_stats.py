@@ -122,8 +122,8 @@ def minibatch_stats(
 
 
 def _lengths(experience: Experience) -> dict[str, Any]:
-    queries = torch.tensor([float(t.prompt_length) for t in experience.trajectories])
-    responses = torch.tensor([float(len(t.token_ids) - t.prompt_length) for t in experience.trajectories])
+    queries = torch.tensor([float(t.query_length) for t in experience.trajectories])
+    responses = torch.tensor([float(t.response_length) for t in experience.trajectories])
     lengths: dict[str, Any] = {}
     for name, values in (("queries", queries), ("responses", responses)):
         lengths[f"tokens/{name}_len_mean"] = values.mean().item()

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from etude.errors import ConfigError, ModelError
-from etude.models.loading import load_causal_lm
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.loading import load_language_model
+from etude.models.value_head import load_with_value_head
+from etude.models.with_value_head import ModelWithValueHead
 from etude.trainers.online_config import OnlineConfig
 
-Policy = AutoModelForCausalLMWithValueHead | PreTrainedModel | PeftModel
+Policy = ModelWithValueHead | PreTrainedModel | PeftModel
 
 
 def make_accelerator(config: OnlineConfig) -> Accelerator:
@@ -62,14 +63,15 @@ def check_precision(trained: Sequence[nn.Parameter], optimizer: torch.optim.Opti
         )
 
 
-def with_value_head(model: Any) -> AutoModelForCausalLMWithValueHead:
-    if isinstance(model, AutoModelForCausalLMWithValueHead):
+def with_value_head(model: Any) -> ModelWithValueHead:
+    """The model, decoder or encoder-decoder, with a value head: its own or a fresh one."""
+    if isinstance(model, ModelWithValueHead):
         return model
     if isinstance(model, str | Path | PreTrainedModel | PeftModel):
-        return AutoModelForCausalLMWithValueHead.from_pretrained(model)
+        return load_with_value_head(model)
     raise ModelError(
-        f"model is a {type(model).__name__}; expected an AutoModelForCausalLMWithValueHead, a causal "
-        "language model of transformers, or a directory or hub id"
+        f"model is a {type(model).__name__}; expected an AutoModelForCausalLMWithValueHead or an "
+        "AutoModelForSeq2SeqLMWithValueHead, a language model of transformers, or a directory or hub id"
     )
 
 
@@ -77,10 +79,10 @@ def without_value_head(model: Any) -> PreTrainedModel | PeftModel:
     if isinstance(model, PreTrainedModel | PeftModel):
         return model
     if isinstance(model, str | Path):
-        return load_causal_lm(model)
-    hint = " (its pretrained_model)" if isinstance(model, AutoModelForCausalLMWithValueHead) else ""
+        return load_language_model(model)
+    hint = " (its pretrained_model)" if isinstance(model, ModelWithValueHead) else ""
     raise ModelError(
-        f"model is a {type(model).__name__}; expected a causal language model of transformers{hint}, with or "
+        f"model is a {type(model).__name__}; expected a language model of transformers{hint}, with or "
         "without adapters, or a directory or hub id: there is no value to learn here"
     )
 

@@ -214,6 +214,7 @@ class _NoSampler:
     def __init__(self, sampler: Sampler) -> None:
         self.policy_version = sampler.policy_version
         self.max_length = sampler.max_length
+        self.max_source_length = sampler.max_source_length
         self.decoder_start = sampler.decoder_start
 
     def session(self, *, seed: int, source_ids: Sequence[int] = ()) -> Session:
