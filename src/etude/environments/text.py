@@ -243,7 +243,8 @@ class TextEnvironment(Lockstep):
             episode.stop, episode.error = StopReason.INFRASTRUCTURE, str(error)
         finally:
             session.close()
-            leave(self.user, episode)
+            if self.user is not None:
+                leave(self.user, episode)
             episode.timings["total"] = time.monotonic() - started
         return episode
 
