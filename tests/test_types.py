@@ -97,6 +97,11 @@ def test_reward_is_the_weighted_sum_of_those_that_apply():
 def test_through_json():
     episode = example()
     assert Episode.from_json(json.loads(json.dumps(episode.to_json()))) == episode
+    episode.replies = ["more"]
+    stored = episode.to_json()
+    assert Episode.from_json(stored).replies == ["more"]
+    del stored["replies"]
+    assert Episode.from_json(stored).replies == [], "runs from before there were users"
 
 
 def test_what_cannot_be_built():

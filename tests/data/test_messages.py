@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from etude.data.messages import marked_messages, with_json_arguments
+from etude.data.messages import marked_messages, task_messages, with_json_arguments
 from etude.errors import DataError
 
 CONTROL = re.compile(re.escape("<end>"))
@@ -58,3 +58,15 @@ def test_data_is_marked_and_what_authors_write_is_not():
 def test_what_is_not_a_conversation(messages):
     with pytest.raises(DataError, match=r"no messages|message 0 has no role; its keys are"):
         marked_messages(messages, CONTROL)
+
+
+def test_a_task_s_conversation():
+    said = [{"role": "user", "content": "hi", "name": None}]
+    plain = [{"role": "user", "content": "hi"}]
+    for task in ({"messages": said}, {"prompt": said}, {"prompt": "hi"}, {"query": "hi"}):
+        assert task_messages({"answer": 3, **task}) == plain
+    assert task_messages({"prompt": "no", "messages": said}) == plain
+    with pytest.raises(DataError, match="this one has answer, prompt"):
+        task_messages({"answer": 3, "prompt": []})
+    with pytest.raises(DataError, match="message 0 has no role"):
+        task_messages({"prompt": ["hi"]})

@@ -10,6 +10,7 @@ from etude.data.templates import conversation_rows
 from etude.environments.chat_protocol import ChatProtocol
 from etude.environments.tags import Call, Reply
 from etude.errors import ConfigError, DataError, TemplateError
+from etude.types import Segment
 
 
 def add(a: int, b: int) -> int:
@@ -87,6 +88,14 @@ CONVERSATIONS = [
 ]
 
 
+def read(framing, replies, ended_by):
+    """What the model reads, as one segment."""
+    segments = framing.frame(replies, ended_by)
+    assert all(segment.token_ids for segment in segments)
+    ids = [token for segment in segments for token in segment.token_ids]
+    return Segment("environment", "".join(segment.text for segment in segments), ids)
+
+
 def reply(tokenizer, message):
     encoded = encode_plain(tokenizer, message["content"])
     call = None
@@ -125,8 +134,7 @@ def test_after_every_reply_the_episode_is_what_the_template_renders(family, mess
         if ended_by is None:  # GLM's ends its turns by saying who is next
             ended_by = protocol.end_ids[1 if came[0]["role"] == "tool" else 0]
             ids.append(ended_by)
-        [frame] = framing.frame([reply(tokenizer, message) for message in came], ended_by)
-        assert frame.source == ("tool" if came[0]["role"] == "tool" else "environment")
+        frame = read(framing, [reply(tokenizer, message) for message in came], ended_by)
         ids += frame.token_ids
         assert ids == rendered(following)
 
@@ -155,7 +163,7 @@ def test_thoughts_stay_in_the_text_while_tools_answer():
     framing = protocol.begin(tokenizer, TOOLS[:1])
     text = framing.prompt.text + "<think>\nFive?\n</think>\n\n"
     text += '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
-    [frame] = framing.frame([reply(tokenizer, TOOL)], protocol.end_ids[0])
+    frame = read(framing, [reply(tokenizer, TOOL)], protocol.end_ids[0])
     whole = tokenizer.apply_chat_template(
         [TOOLS[0], thought, TOOL], tools=protocol.template.schemas, add_generation_prompt=True, tokenize=False
     )
@@ -174,7 +182,7 @@ def test_what_the_model_has_read_can_be_kept():
     ):
         framing.frame([reply(tokenizer, CHAT[2])], None)
     keeping = ChatProtocol(tokenizer, rewrites="keep", **settings).begin(tokenizer, CHAT[:1])
-    [frame] = keeping.frame([reply(tokenizer, CHAT[2])], refusing.end_ids[0])
+    frame = read(keeping, [reply(tokenizer, CHAT[2])], refusing.end_ids[0])
     assert (
         frame.text
         == "\n<|im_start|>user\nAre you sure?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -186,9 +194,9 @@ def test_the_token_that_ends_a_turn_becomes_another_one():
     tokenizer = family_tokenizer("gpt-oss")
     protocol = ChatProtocol(tokenizer, [add], rewrites="keep")
     assert tokenizer.convert_ids_to_tokens(protocol.end_ids) == ["<|return|>", "<|call|>"]
-    [frame] = protocol.begin(tokenizer, CHAT[:1]).frame([reply(tokenizer, CHAT[2])], protocol.end_ids[0])
+    frame = read(protocol.begin(tokenizer, CHAT[:1]), [reply(tokenizer, CHAT[2])], protocol.end_ids[0])
     assert frame.text == "<|start|>user<|message|>Are you sure?<|end|><|start|>assistant"
-    [frame] = protocol.begin(tokenizer, CHAT[:1]).frame([reply(tokenizer, CHAT[2])], None)
+    frame = read(protocol.begin(tokenizer, CHAT[:1]), [reply(tokenizer, CHAT[2])], None)
     assert frame.text.startswith("<|end|><|start|>user")
 
 
@@ -206,8 +214,8 @@ def test_a_turn_that_did_not_end_itself_is_ended(family, marker):
     """A stop string cut it: its end-of-turn token is the framework's."""
     tokenizer = family_tokenizer(family)
     protocol = ChatProtocol(tokenizer, rewrites="keep")
-    [ended] = protocol.begin(tokenizer, CHAT[:1]).frame([reply(tokenizer, CHAT[2])], tokenizer.eos_token_id)
-    [cut] = protocol.begin(tokenizer, CHAT[:1]).frame([reply(tokenizer, CHAT[2])], None)
+    ended = read(protocol.begin(tokenizer, CHAT[:1]), [reply(tokenizer, CHAT[2])], tokenizer.eos_token_id)
+    cut = read(protocol.begin(tokenizer, CHAT[:1]), [reply(tokenizer, CHAT[2])], None)
     added = [] if not marker else [tokenizer.convert_tokens_to_ids(marker)]
     assert cut.token_ids == added + ended.token_ids
     assert cut.text.startswith(marker or "<|user|>")
@@ -218,10 +226,10 @@ def test_a_model_that_says_who_is_next():
     protocol = ChatProtocol(tokenizer, [add])
     user, observation = tokenizer.convert_tokens_to_ids(["<|user|>", "<|observation|>"])
     assert protocol.end_ids == (user, observation)
-    [frame] = protocol.begin(tokenizer, TOOLS[:1]).frame([reply(tokenizer, TOOL)], observation)
+    frame = read(protocol.begin(tokenizer, TOOLS[:1]), [reply(tokenizer, TOOL)], observation)
     assert frame.text == "\n<tool_response>\n5\n</tool_response><|assistant|>"
     assert observation not in frame.token_ids
-    [other] = protocol.begin(tokenizer, TOOLS[:1]).frame([reply(tokenizer, TOOL)], user)
+    other = read(protocol.begin(tokenizer, TOOLS[:1]), [reply(tokenizer, TOOL)], user)
     assert other.token_ids == [observation, *frame.token_ids], "it named the wrong one"
 
 
@@ -233,9 +241,11 @@ def test_control_tokens_in_data_stay_characters(role):
     tokenizer = family_tokenizer("qwen2.5")
     protocol = ChatProtocol(tokenizer, [add])
     message = {"role": role, "content": FORGED, "tool_call_id": "abcdefghi"}
-    [frame] = protocol.begin(tokenizer, TOOLS[:1]).frame([reply(tokenizer, message)], protocol.end_ids[0])
-    [harmless] = protocol.begin(tokenizer, TOOLS[:1]).frame(
-        [reply(tokenizer, {**message, "content": "Hm."})], protocol.end_ids[0]
+    frame = read(protocol.begin(tokenizer, TOOLS[:1]), [reply(tokenizer, message)], protocol.end_ids[0])
+    harmless = read(
+        protocol.begin(tokenizer, TOOLS[:1]),
+        [reply(tokenizer, {**message, "content": "Hm."})],
+        protocol.end_ids[0],
     )
     control = set(control_tokens(tokenizer))
     assert [i for i in frame.token_ids if i in control] == [i for i in harmless.token_ids if i in control]
@@ -254,8 +264,8 @@ def test_nothing_that_a_tool_says_is_control(data):
     )
     text = "".join(data.draw(st.lists(pieces, max_size=8)))
     protocol = ChatProtocol(tokenizer, [add])
-    [frame] = protocol.begin(tokenizer, TOOLS[:1]).frame(
-        [Reply(text, [], Call("add", {}))], protocol.end_ids[0]
+    frame = read(
+        protocol.begin(tokenizer, TOOLS[:1]), [Reply(text, [], Call("add", {}))], protocol.end_ids[0]
     )
     names = [
         "<|start_header_id|>",
@@ -268,11 +278,42 @@ def test_nothing_that_a_tool_says_is_control(data):
     assert tokenizer.convert_ids_to_tokens(control) == names
 
 
+def test_what_is_said_is_a_segment_of_its_own():
+    tokenizer = family_tokenizer("qwen2.5")
+    framing = ChatProtocol(tokenizer, [add]).begin(tokenizer, TOOLS[:1])
+    two = [Reply(" five ", [], Call("add", {})), Reply(FORGED, [], Call("add", {}))]
+    assert [(s.source, s.text) for s in framing.frame(two, tokenizer.eos_token_id)] == [
+        ("environment", "\n<|im_start|>user\n<tool_response>\n"),
+        ("tool", " five"),  # the two are one token
+        ("environment", " \n</tool_response>\n<tool_response>\n"),
+        ("tool", FORGED),
+        ("environment", "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"),
+    ]
+    said = framing.frame([reply(tokenizer, CHAT[2])], tokenizer.eos_token_id)
+    assert [s.source for s in said] == ["environment"] * 3
+    assert said[1].text == CHAT[2]["content"]
+    empty = framing.frame([reply(tokenizer, {"role": "user", "content": ""})], tokenizer.eos_token_id)
+    assert [s.text for s in empty] == ["\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"]
+
+
+def test_a_token_across_a_seam():
+    """Tokens are those of the text in one piece; one that reaches across a seam is behind it, whole."""
+    tokenizer = family_tokenizer("llama-2")
+    framing = ChatProtocol(tokenizer).begin(tokenizer, TOOLS[:1])
+    segments = framing.frame([Reply("What", [])], tokenizer.eos_token_id)
+    texts = ["<s>[INST] ", "Wha", "t [/INST]"]  # "t " is a token
+    assert [segment.text for segment in segments] == texts
+    ids = [token for segment in segments for token in segment.token_ids]
+    assert ids == tokenizer.encode("</s>" + "".join(texts), add_special_tokens=False)[1:]
+    pieces = ["<s>[INST] ", "What", " [/INST]"]
+    assert ids != [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
+
+
 def test_names_that_the_model_made_up_are_no_control_text():
     """gpt-oss' template writes the tool's name into its header."""
     tokenizer = family_tokenizer("gpt-oss")
     framing = ChatProtocol(tokenizer, [add]).begin(tokenizer, TOOLS[:1])
-    [frame] = framing.frame([Reply("Unknown tool.", [], Call("x<|end|><|start|>", {}, "<|end|>"))], None)
+    frame = read(framing, [Reply("Unknown tool.", [], Call("x<|end|><|start|>", {}, "<|end|>"))], None)
     assert frame.text.startswith("<|call|><|start|>functions.unknown to=assistant")
 
 
@@ -282,7 +323,7 @@ def test_a_template_that_shows_one_call_answers_two():
     protocol = ChatProtocol(tokenizer, [add])
     assert protocol.template.shows_calls == 1
     two = [Reply("one", [], Call("add", {})), Reply("two", [], Call(None, "?"))]
-    [frame] = protocol.begin(tokenizer, TOOLS[:1]).frame(two, protocol.end_ids[0])
+    frame = read(protocol.begin(tokenizer, TOOLS[:1]), two, protocol.end_ids[0])
     assert frame.text.count("ipython") == 2
     assert frame.text.index('"one"') < frame.text.index('"two"')
 
@@ -293,7 +334,7 @@ def test_a_turn_that_has_begun():
     protocol = ChatProtocol(tokenizer)
     framing = protocol.begin(tokenizer, [CHAT[0], {"role": "assistant", "content": "It is"}])
     assert framing.prompt.text.endswith("<|im_start|>assistant\nIt is")
-    [frame] = framing.frame([reply(tokenizer, CHAT[2])], protocol.end_ids[0])
+    frame = read(framing, [reply(tokenizer, CHAT[2])], protocol.end_ids[0])
     assert frame.text == "\n<|im_start|>user\nAre you sure?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -308,8 +349,10 @@ def test_templates_that_show_no_tools_say_so(caplog):
     protocol = ChatProtocol(family_tokenizer("chatml"), [add])
     protocol.check(user=False, turns=2)
     assert "shows the model no tools" in caplog.text
-    [frame] = protocol.begin(protocol.template.tokenizer, TOOLS[:1]).frame(
-        [Reply("5", [], Call("add", {}))], protocol.end_ids[0]
+    frame = read(
+        protocol.begin(protocol.template.tokenizer, TOOLS[:1]),
+        [Reply("5", [], Call("add", {}))],
+        protocol.end_ids[0],
     )
     assert frame.text == "\n<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n"
 

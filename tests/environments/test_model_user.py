@@ -81,7 +81,11 @@ def test_a_conversation_between_two_models(make_user, play, monkeypatch):
     assert episode.replies == ["Bread please.", "Brown."]
     assert episode.turns == 3
     assert episode.stop is StopReason.END_OF_SEQUENCE, "the reply with the stop phrase isn't given"
-    assert episode.segments[2].text == "\n<|im_start|>user\nBread please.<|im_end|>\n<|im_start|>assistant\n"
+    assert [s.text for s in episode.segments[2:5]] == [
+        "\n<|im_start|>user\n",
+        "Bread please.",
+        "<|im_end|>\n<|im_start|>assistant\n",
+    ]
     assert {s.source for s in episode.segments if s.sampled} == {"model"}
 
     # What the user has read and said is what its own template renders, read bit by bit.

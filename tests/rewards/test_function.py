@@ -9,7 +9,7 @@ import torch
 from etude.errors import ConfigError, RewardError
 from etude.protocols import Reward
 from etude.rewards.function import FunctionReward, SegmentReward, as_reward, reward
-from etude.types import Episode, Segment
+from etude.types import Episode, Segment, ToolCall
 
 
 def played(prompt, *segments, **columns):
@@ -51,6 +51,45 @@ def test_prompts_completions_and_columns():
         "answer": [2, 4, None],
         "level": [None, "hard", None],
     }
+
+
+def test_messages_come_as_messages():
+    """As many as the model has turns; what tools and users say is not among them."""
+    asked = [{"role": "user", "content": "1+1?"}]
+    segments = [
+        Segment("prompt", "<user>1+1?<model>", []),
+        Segment("model", "<tool_call>", []),
+        Segment("model", "1+1", [], policy_version=0),  # after what was forced
+        Segment("tool", "2", []),
+        Segment("model", "It is 2.", []),
+    ]
+    calls = [ToolCall("add", {"a": 1}, "2"), ToolCall(None, "?", "Unknown", "malformed")]
+    episodes = [
+        Episode(task={"prompt": asked}, segments=segments, tool_calls=calls),
+        Episode(task={"messages": asked}, segments=segments[:1]),
+        EPISODES[1],
+    ]
+    seen = {}
+
+    def reward(prompts, completions):
+        seen.update(prompts=prompts, completions=completions)
+        return [0.0] * 3
+
+    score(FunctionReward(reward), episodes)
+    function = {"name": "add", "arguments": {"a": 1}}
+    assert seen["prompts"] == [asked, asked, "2+2="]
+    assert seen["completions"] == [
+        [
+            {
+                "role": "assistant",
+                "content": "<tool_call>1+1",
+                "tool_calls": [{"type": "function", "function": function}],
+            },
+            {"role": "assistant", "content": "It is 2."},
+        ],
+        [],
+        "Result=5<submit>",
+    ]
 
 
 def test_only_what_is_declared_is_passed():

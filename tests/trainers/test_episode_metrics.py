@@ -83,3 +83,11 @@ def test_by_environment_beside_the_overall_ones():
     }
     alone = values(episodes, 0.5)
     assert alone == {name: metrics[name] for name in alone}
+
+
+def test_replies_of_users():
+    assert "user_replies" not in episode_metrics([scored()], 1.0)
+    heard = [scored(), scored(), scored(stop=StopReason.INFRASTRUCTURE)]
+    heard[0].replies = ["a", "b", "c"]
+    heard[2].replies = ["lost"]
+    assert values(heard, 1.0)["user_replies"] == 3 / 2

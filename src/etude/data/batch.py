@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from etude.data.families import Layout
+from etude.data.sources import Sources, begun
 from etude.errors import DataError
 from etude.math.placing import place
 from etude.types import STOP_POLICIES, Episode, NamedReward, StopPolicy, StopReason
@@ -118,8 +118,8 @@ class Trajectory:
         if not starts:
             positions = len(query) + sampled.nonzero()[:, 0]
             return cls(torch.cat([query, response]), positions, score, prompt_length=len(query))
-        begun = _begun(response.tolist(), starts)
-        sampled[: begun if mask is None else 1] = False
+        given = begun(response.tolist(), starts)
+        sampled[: given if mask is None else 1] = False
         return cls(response, sampled.nonzero()[:, 0], score, source_ids=query)
 
     @property
@@ -153,62 +153,10 @@ def _behind(reward: NamedReward, source: int) -> NamedReward:
     return replace(reward, position=reward.position - source)
 
 
-def _begun(response: Sequence[int], starts: Sequence[Sequence[int]]) -> int:
-    """How many tokens of a response are one of `starts`, or the beginning of one."""
-    common = [
-        next((i for i, token in enumerate(start) if i >= len(response) or response[i] != token), len(start))
-        for start in starts
-    ]
-    if not max(common):
-        expected = " or ".join(str(start[0]) for start in starts)
-        raise DataError(
-            f"a response begins with {f'token {response[0]}' if response else 'nothing'}; expected the "
-            f"decoder's start token, {expected}: an encoder-decoder's response begins with it, as `generate` "
-            "returns it. Leave it there; where generation began with another one, set "
-            "model.config.decoder_start_token_id to that"
-        )
-    return max(common)
-
-
 def _kept(reward: float, policy: StopPolicy) -> float:
     if policy.reward == "drop":
         return 0.0
     return min(reward, 0.0) if policy.reward == "clamp" else reward
-
-
-class Sources(NamedTuple):
-    """What the encoder reads for the sequences of a batch: each distinct source once.
-
-    Attributes:
-        ids: [S], all tokens, end to end.
-        lengths: of each source.
-        rows: [B], for each sequence the number of its source.
-    """
-
-    ids: Tensor
-    lengths: list[int]
-    rows: Tensor
-
-    @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], device: torch.device | str = "cpu") -> Sources | None:
-        """None where nothing has a source.
-
-        Raises:
-            DataError: only some of them have one.
-        """
-        given = [t.source_ids for t in trajectories if t.source_ids is not None]
-        if not given:
-            return None
-        if len(given) < len(trajectories):
-            raise DataError(
-                f"{len(given)} of {len(trajectories)} trajectories have source_ids; expected it of all (an "
-                "encoder-decoder's) or of none (a decoder's)"
-            )
-        numbers: dict[bytes, int] = {}
-        rows = [numbers.setdefault(source.numpy().tobytes(), len(numbers)) for source in given]
-        distinct = [given[rows.index(number)] for number in numbers.values()]
-        lengths = [len(source) for source in distinct]
-        return cls(place(torch.cat(distinct), device), lengths, place(rows, device, torch.long))
 
 
 @dataclass(slots=True)
@@ -242,7 +190,7 @@ class PackedBatch:
         cls, trajectories: Sequence[Trajectory], device: torch.device | str = "cpu", share: bool = False
     ) -> PackedBatch:
         """With `share`, what several trajectories begin with lies there once, where that saves enough."""
-        sources = Sources.of(trajectories, device)
+        sources = Sources.of([t.source_ids for t in trajectories], device)
         layout = Layout.of([t.token_ids for t in trajectories], share and sources is None)
         counts = torch.tensor([len(t.sampled) for t in trajectories])
         mask_BN = torch.arange(int(counts.max()) if len(counts) else 0)[None] < counts[:, None]

@@ -27,7 +27,15 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from etude.data.encoding import bos_ids, control_tokens, encode_control, encode_plain, encode_prompt
+from etude.data.encoding import (
+    bos_ids,
+    control_tokens,
+    decode,
+    encode_control,
+    encode_plain,
+    encode_prompt,
+    special_tokens,
+)
 from etude.data.templates import conversation_rows, prompt_segment, whole_conversation
 from etude.errors import DataError, TemplateError
 from etude.types import SOURCES, Episode, Segment, Source
@@ -285,15 +293,23 @@ def _stored_ids(
     """What a model sampled is trained on as sampled, which need not be how its text would be encoded."""
     if stored == encoded:
         return stored
-    expected = tokenizer.decode(encoded, skip_special_tokens=True)
+    # Special tokens aside: a turn's text has none at its end, and data that spells one is not that token.
+    expected = _without_special(tokenizer, encoded)
     known = max(stored, default=0) < len(tokenizer)
-    said = tokenizer.decode(stored, skip_special_tokens=True) if known else "nothing"
+    said = _without_special(tokenizer, stored) if known else "nothing"
     if said != expected:
         raise DataError(
             f"the token_ids of segment {position} come from another tokenizer: here they mean {said[:60]!r}, "
             f"and the segment's text is {expected[:60]!r}. Leave token_ids out to encode the text again"
         )
     return stored
+
+
+def _without_special(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    text = decode(tokenizer, token_ids)
+    for token in special_tokens(tokenizer):
+        text = text.replace(token, "")
+    return text
 
 
 def _append_eos(segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> None:

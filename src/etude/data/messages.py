@@ -29,7 +29,7 @@ def marked_messages(messages: Messages, control: re.Pattern[str]) -> tuple[list[
         DataError: a message isn't one.
     """
     _check(messages)
-    marks = _unused_characters(json.dumps(messages, ensure_ascii=False, default=str))
+    marks = unused_characters(json.dumps(messages, ensure_ascii=False, default=str))
     replacement = f"{marks[0]}\\g<0>{marks[1]}"
     marked = [
         m if m["role"] in _AUTHOR_ROLES else _mark(m, control, replacement) for m in map(_plain, messages)
@@ -109,7 +109,7 @@ def _unparsed(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else arguments
 
 
-def _unused_characters(text: str) -> str:
+def unused_characters(text: str) -> str:
     """Two of the 32 characters that Unicode keeps for a program's internal use."""
     return "".join(c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text)[:2]
 

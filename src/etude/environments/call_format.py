@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from etude.environments.chat_template import ChatTemplate, call_message, common_start
+from etude.environments.chat_template import ChatTemplate, call_message, common_length
 from etude.environments.tags import Call
 from etude.errors import TemplateError
 from etude.tools.arguments import from_texts
@@ -207,7 +207,7 @@ def _written(template: ChatTemplate) -> CallFormat:
     # What comes before and after words does so for calls: the conversation, an empty thought; an end of turn.
     before, _, ending = template.said(content=_NAME).partition(_NAME)
     call, several = calls(1).removesuffix(ending), calls(2)
-    call = call[len(common_start(before, call)) :]
+    call = call[common_length(before, call) :]
     between = several.split(_NAME)[1].rpartition(_VALUES[1])[2] if several else ""
     found = _as_object(call, between) or _as_header(call, between)
     if found is not None:
@@ -257,7 +257,7 @@ def _as_fields(call: str, between: str, bare: str, template: ChatTemplate) -> Fi
         return None
     opening, first_key, value, next_key, _, last = parts
     rest = bare.partition(_NAME)[2]
-    named = re.sub(r"<[^>]*$", "", common_start(first_key, rest))
+    named = re.sub(r"<[^>]*$", "", first_key[: common_length(first_key, rest)])
     key = first_key[len(named) :]
     if not key:
         return None  # code: how a value is written depends on its type
@@ -273,7 +273,7 @@ def _as_fields(call: str, between: str, bare: str, template: ChatTemplate) -> Fi
 
 
 def _common_end(first: str, second: str) -> str:
-    return common_start(first[::-1], second[::-1])[::-1].strip()
+    return first[len(first) - common_length(first[::-1], second[::-1]) :].strip()
 
 
 def _loose(literal: str) -> str:

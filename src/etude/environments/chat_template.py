@@ -98,9 +98,10 @@ def call_message(name: str, arguments: Mapping[str, Any], id: str) -> dict[str, 
     return {"id": id, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 
 
-def common_start(first: str, second: str) -> str:
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How far two texts, or lists of tokens, are the same."""
     pairs = zip(first, second, strict=False)
-    return first[: next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))]
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def first_of(tokens: Sequence[str], text: str) -> str | None:

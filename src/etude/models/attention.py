@@ -210,7 +210,7 @@ def steady_kernels(model: PreTrainedModel) -> dict[str, Any]:
 
     On a CPU the kernel that `scaled_dot_product_attention` takes without gradient knows none of a bias, so
     that a policy would be observed by another one than it is updated by: in bfloat16 the first ratios of a
-    batch would be off by some ten percent. Empty for models that add no bias.
+    batch would be off by several percent. Empty for models that add no bias.
     """
     if not any(getattr(module, "has_relative_attention_bias", False) for module in model.modules()):
         return {}

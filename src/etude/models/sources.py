@@ -17,7 +17,7 @@ from etude.models.encoder_decoder import is_encoder_decoder
 from etude.models.plans import padded_inputs
 
 # Token ids of all sources end to end [S], their lengths, and for each row of the decoder's the number of its
-# source [B]; see `data.batch.Sources`.
+# source [B]; see `data.sources.Sources`.
 Sources = tuple[Tensor, Sequence[int], Tensor]
 
 

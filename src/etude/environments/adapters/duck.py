@@ -33,13 +33,13 @@ from typing import Any
 
 from etude.environments.adapters.calls import ForeignCalls
 from etude.environments.adapters.instance import Instance, InstanceEnvironment, extend_prompt
+from etude.environments.mixed import COLUMN, MixedEnvironment
 from etude.environments.text import TextEnvironment
 from etude.errors import EnvironmentSetupError, InstanceError
 from etude.protocols import Sampler
 from etude.rewards.scores import check_scores, check_weight
 from etude.types import Episode, NamedReward, StopReason
 
-CHOICE = "environment"  # the column that says who plays a task
 OWN = ("reset", "get_reward", "close")  # methods that are ours to call
 
 
@@ -101,6 +101,24 @@ class DuckEnvironment(InstanceEnvironment):
         self._played[id(episode)] = (episode, duck)
 
 
+def duck_environments(
+    factories: Mapping[str, Callable[[], Any]],
+    inner: TextEnvironment,
+    weights: Mapping[str, float] | None = None,
+    **settings: Any,
+) -> MixedEnvironment:
+    """TRL's dict of factories: each task is played by the one that its column `environment` names.
+
+    Args:
+        factories: by name.
+        inner: what plays, in each of them.
+        weights: how often a trainer plays tasks of each, see `MixedEnvironment`.
+        settings: of each `DuckEnvironment`.
+    """
+    environments = {name: DuckEnvironment(make, inner, **settings) for name, make in factories.items()}
+    return MixedEnvironment(environments, weights, slots=inner.slots, cache_bytes=inner.cache_bytes)
+
+
 class _Duck(Instance):
     def __init__(self, duck: Any, environment: DuckEnvironment, calls: ForeignCalls) -> None:
         # On the class: looking at the object would call its properties.
@@ -117,7 +135,7 @@ class _Duck(Instance):
         self.tools = {name: calls.tool(getattr(duck, name), name) for name in public}
 
     async def open(self, task: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
-        row = {name: value for name, value in task.items() if name != CHOICE}
+        row = {name: value for name, value in task.items() if name != COLUMN}
         said = await self.calls(self.duck.reset, **row)
         if said is not None and not isinstance(said, str):
             raise InstanceError(f"{type(self.duck).__name__}.reset returned {said!r}; expected text or None")

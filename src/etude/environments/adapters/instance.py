@@ -18,11 +18,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor, nn
+
 from etude.environments.adapters.binding import Binder
 from etude.environments.adapters.calls import ForeignCalls
-from etude.environments.text import TextEnvironment
+from etude.environments.history import TextHistory, as_responses
+from etude.environments.orchestrator import play_episodes
+from etude.environments.text import TextEnvironment, task_rows
 from etude.errors import ConfigError, DataError, EnvironmentSetupError, InstanceError, SamplerError
 from etude.protocols import Sampler, Session, Tool
+from etude.runtime.loop import run_sync
 from etude.types import Episode, Sampled, SamplingParams, StopReason
 
 logger = logging.getLogger(__name__)
@@ -72,6 +77,9 @@ class InstanceEnvironment(ABC):
             `tool_timeout`); None for no limit.
         max_instances: how many objects there are at once, at most; by default twice as many as the inner
             environment's sampler has slots, so that none of them idles.
+
+    Attributes:
+        tokenizer, params, max_length, slots, next_seed: of the inner environment, see `traits`.
     """
 
     def __init__(
@@ -94,8 +102,30 @@ class InstanceEnvironment(ABC):
         self.name = name
         self.timeout = timeout
         self.max_instances = max_instances
+        self.tokenizer, self.params, self.max_length = inner.tokenizer, inner.params, inner.max_length
+        self.slots, self.next_seed = inner.slots, inner.next_seed
         self._binder = Binder(inner, name)
         self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+
+    def run(
+        self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[TextHistory]]:
+        """Play all tasks and score them; arguments and results are those of `TextEnvironment.run`."""
+        return as_responses(run_sync(self.run_episodes(tasks, **columns)), self.inner.current_device)
+
+    async def run_episodes(self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any) -> list[Episode]:
+        """`run`, for callers that want episodes and have an event loop."""
+        rows = task_rows(tasks, columns)
+        return await play_episodes(self, rows, self.sampler, [self.next_seed() for _ in rows])
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self.inner.model
+
+    @property
+    def sampler(self) -> Sampler:
+        """The inner environment's."""
+        return self.inner.sampler
 
     @abstractmethod
     async def make(self, task: Mapping[str, Any], calls: ForeignCalls) -> Instance:
