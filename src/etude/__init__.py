@@ -26,6 +26,8 @@ _EXPORTS = {
     "Distraction": "etude.data.noise",
     "DPOConfig": "etude.trainers.dpo_config",
     "DPOTrainer": "etude.trainers.dpo",
+    "duck_environments": "etude.environments.adapters.duck",
+    "DuckEnvironment": "etude.environments.adapters.duck",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
     "evaluate": "etude.evaluation.evaluate",
@@ -37,6 +39,7 @@ _EXPORTS = {
     "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "GymnasiumEnvironment": "etude.environments.adapters.gymnasium",
     "Injection": "etude.data.noise",
     "IterativeSFTConfig": "etude.trainers.group_config",
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
@@ -49,6 +52,7 @@ _EXPORTS = {
     "Minibatch": "etude.trainers.experience",
     "MixedEnvironment": "etude.environments.mixed",
     "ModelReward": "etude.rewards.model",
+    "OpenEnvEnvironment": "etude.environments.adapters.openenv",
     "ORPOConfig": "etude.trainers.preference_config",
     "ORPOTrainer": "etude.trainers.orpo",
     "OverlongPenalty": "etude.rewards.overlong",
@@ -86,6 +90,7 @@ _EXPORTS = {
     "ToolErrorPenalty": "etude.rewards.tool_errors",
     "TranslationEnvironment": "etude.environments.translation",
     "ValueModel": "etude.models.value_model",
+    "VerifiersEnvironment": "etude.environments.adapters.verifiers",
     "WordDrop": "etude.data.noise",
 }
 
@@ -100,6 +105,11 @@ if TYPE_CHECKING:
     from etude.data.noise import Paraphrase as Paraphrase
     from etude.data.noise import WordDrop as WordDrop
     from etude.data.selection import Selection as Selection
+    from etude.environments.adapters.duck import DuckEnvironment as DuckEnvironment
+    from etude.environments.adapters.duck import duck_environments as duck_environments
+    from etude.environments.adapters.gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
+    from etude.environments.adapters.openenv import OpenEnvEnvironment as OpenEnvEnvironment
+    from etude.environments.adapters.verifiers import VerifiersEnvironment as VerifiersEnvironment
     from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.generation import GenerationEnvironment as GenerationEnvironment
     from etude.environments.history import TextHistory as TextHistory
