@@ -28,6 +28,8 @@ _EXPORTS = {
     "Distraction": "etude.data.noise",
     "DPOConfig": "etude.trainers.dpo_config",
     "DPOTrainer": "etude.trainers.dpo",
+    "duck_environments": "etude.environments.adapters.duck",
+    "DuckEnvironment": "etude.environments.adapters.duck",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
     "evaluate": "etude.evaluation.evaluate",
@@ -39,6 +41,7 @@ _EXPORTS = {
     "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "GymnasiumEnvironment": "etude.environments.adapters.gymnasium",
     "Injection": "etude.data.noise",
     "IterativeSFTConfig": "etude.trainers.group_config",
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
@@ -52,6 +55,7 @@ _EXPORTS = {
     "MixedEnvironment": "etude.environments.mixed",
     "ModelReward": "etude.rewards.model",
     "ModelUser": "etude.environments.model_user",
+    "OpenEnvEnvironment": "etude.environments.adapters.openenv",
     "ORPOConfig": "etude.trainers.preference_config",
     "ORPOTrainer": "etude.trainers.orpo",
     "OverlongPenalty": "etude.rewards.overlong",
@@ -90,6 +94,7 @@ _EXPORTS = {
     "ToolErrorPenalty": "etude.rewards.tool_errors",
     "TranslationEnvironment": "etude.environments.translation",
     "ValueModel": "etude.models.value_model",
+    "VerifiersEnvironment": "etude.environments.adapters.verifiers",
     "WordDrop": "etude.data.noise",
 }
 
@@ -104,6 +109,11 @@ if TYPE_CHECKING:
     from etude.data.noise import Paraphrase as Paraphrase
     from etude.data.noise import WordDrop as WordDrop
     from etude.data.selection import Selection as Selection
+    from etude.environments.adapters.duck import DuckEnvironment as DuckEnvironment
+    from etude.environments.adapters.duck import duck_environments as duck_environments
+    from etude.environments.adapters.gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
+    from etude.environments.adapters.openenv import OpenEnvEnvironment as OpenEnvEnvironment
+    from etude.environments.adapters.verifiers import VerifiersEnvironment as VerifiersEnvironment
     from etude.environments.best_of_n import BestOfN as BestOfN
     from etude.environments.chat import ChatEnvironment as ChatEnvironment
     from etude.environments.chat_protocol import ChatProtocol as ChatProtocol
