@@ -4,11 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from template_families import FAMILIES, family_tokenizer
 
+from etude.app.arguments import EnvironmentArguments
+from etude.app.environment import EnvironmentCode
 from etude.environments.call_format import FieldCalls, HeaderCalls, ObjectCalls
 from etude.environments.chat import ChatEnvironment
 from etude.environments.chat_protocol import ChatProtocol
+from etude.environments.model_user import ModelUser
 from etude.errors import TemplateError
 from etude.types import StopReason
 
@@ -55,6 +59,18 @@ def test_snippets_run_and_print_what_they_say(snippet, names, capsys):
     printed = "".join(line.removeprefix("# ") for line in re.findall(r"^# .*\n", snippet, re.MULTILINE))
     if printed:
         assert capsys.readouterr().out == printed
+
+
+def test_the_command_line_s_settings(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names["user_model"].save_pretrained("models/customer")
+    names["user_tokenizer"].save_pretrained("models/customer")
+    [settings] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    arguments = EnvironmentArguments(**yaml.safe_load(settings), reward="chrf")
+    env = EnvironmentCode.load(arguments).environment(names["model"], names["tokenizer"])
+    assert type(env) is ChatEnvironment
+    assert isinstance(env.user, ModelUser)
+    assert env.prompt_text({"prompt": "Hi."}).startswith("<|im_start|>system\nSell bread.")
 
 
 def playable(family, tools, user):

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import sacrebleu
 import yaml
+from template_families import family_tokenizer
 
 from etude.app.arguments import ENVIRONMENTS, EnvironmentArguments
 from etude.app.cli import main
 from etude.app.environment import EnvironmentCode, parameters_of
 from etude.app.references import load_object
+from etude.environments.chat import ChatEnvironment
 from etude.environments.generation import GenerationEnvironment
 from etude.environments.summarization import SummarizationEnvironment
 from etude.environments.text import TextEnvironment
@@ -71,6 +73,7 @@ def build(tokenizer: Any, name: str, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_short_names(name: str, tokenizer: Any) -> None:
+    tokenizer = family_tokenizer("chatml") if name == "chat" else tokenizer
     environment = build(tokenizer, name, reward="mine.py:digits", generation={"max_new_tokens": 5})
     assert type(environment) is load_object(ENVIRONMENTS[name])
     assert [reward.name for reward in environment.rewards] == ["digits"]
@@ -99,6 +102,21 @@ def test_what_the_options_say(tokenizer: Any) -> None:
     assert len(environment.rewards) == 5
 
 
+def test_a_chat_s_options() -> None:
+    kwargs = {"system": "Be brief.", "user": ["more"], "template_kwargs": {"enable_thinking": False}}
+    settings = {"reward": "chrf", "environment_kwargs": {**kwargs, "rewrites": "keep"}, "max_turns": 3}
+    environment = build(family_tokenizer("qwen3"), "chat", tools=["calculator"], **settings)
+    assert type(environment) is ChatEnvironment
+    prompt = environment.prompt_text({"prompt": "Hi."})
+    assert prompt.startswith("<|im_start|>system\nBe brief.")
+    assert '"name": "calculator"' in prompt
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(ConfigError, match="the environment chat takes no rewrite; did you mean rewrites"):
+        EnvironmentCode.load(
+            EnvironmentArguments("chat", reward="chrf", environment_kwargs={"rewrite": "keep"})
+        )
+
+
 def test_environments_of_ones_own(tokenizer: Any) -> None:
     kwargs = {"times": 2}
     loud = build(tokenizer, "mine.py:Loud", reward="chrf", environment_kwargs=kwargs, max_turns=7)
@@ -120,7 +138,7 @@ def test_environments_of_ones_own(tokenizer: Any) -> None:
         ({"environment": "translaton"}, "there is no environment 'translaton'; did you mean translation"),
         (
             {"environment": "zzz"},
-            "expected one of text, generation, translation, summar",
+            "expected one of text, chat, generation, translation, summar",
         ),
         ({"environment": "mine.py:not_callable"}, "is 3; expected a class of environments"),
         ({"environment": "mine.py:Lout"}, "there is no 'Lout' in mine.py; did you mean Loud"),
@@ -149,7 +167,7 @@ def test_mistakes_show_before_a_model_is_loaded(settings: dict[str, Any], messag
         EnvironmentCode.load(arguments)
 
 
-@pytest.mark.parametrize("name", ["text", "generation"])
+@pytest.mark.parametrize("name", ["text", "chat", "generation"])
 def test_some_have_no_rewards_of_their_own(name: str) -> None:
     with pytest.raises(ConfigError, match="an episode needs a score"):
         EnvironmentArguments(name)

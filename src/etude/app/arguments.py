@@ -200,11 +200,12 @@ class TaskArguments(DataArguments):
 # Environments that ship, by their short names.
 ENVIRONMENTS = {
     "text": "etude.environments.text:TextEnvironment",
+    "chat": "etude.environments.chat:ChatEnvironment",
     "generation": "etude.environments.generation:GenerationEnvironment",
     "translation": "etude.environments.translation:TranslationEnvironment",
     "summarization": "etude.environments.summarization:SummarizationEnvironment",
 }
-_UNSCORED = ("text", "generation")  # they have no rewards of their own
+_UNSCORED = ("text", "chat", "generation")  # they have no rewards of their own
 
 
 @dataclass
