@@ -431,9 +431,8 @@ def mixed_run(path: Path) -> RunDirectory:
     ]
     run.append_episodes(2, "train", episodes)
     both = {"before": {"reward": 0.1, "success": 0.2}, "after": {"reward": 0.3, "success": 0.9}}
-    single = {side: {**numbers, "rewards/exact": numbers["reward"]} for side, numbers in both.items()}
-    several = {side: {**numbers, "rewards/chrf": 0.4} for side, numbers in both.items()}
-    environments = {"calculator": single, "translation": several}
+    translated = {side: {**numbers, "chrf": 40.0} for side, numbers in both.items()}
+    environments = {"calculator": both, "translation": translated}
     run.update_summary({"before": 0.3, "after": 0.8, "environments": environments})
     return run
 
@@ -441,11 +440,8 @@ def mixed_run(path: Path) -> RunDirectory:
 def test_a_mixed_run_has_a_block_for_each_environment(tmp_path: Path) -> None:
     page = Page(write_report(mixed_run(tmp_path).path))
     assert "Success, before and after 30 % → 80 % Calculator, before and after 20 % → 90 %" in page.text
-    assert "Calculator · 3 curves · reward 0.1 → 0.3 · success 20 % → 90 % Reward" in page.text
-    assert (
-        "Translation · 3 curves · reward 0.1 → 0.3 · success 20 % → 90 % · rewards chrf 0.4 → 0.4"
-        in page.text
-    )
+    assert "Calculator · 3 curves · Reward 0.1 → 0.3 · Success 20 % → 90 % Reward" in page.text
+    assert "Translation · 3 curves · Reward 0.1 → 0.3 · Success 20 % → 90 % · ChrF 40 → 40" in page.text
     assert [attributes for tag, attributes in page.tags if tag == "details"][:2] == [
         {"class": "group", "open": None}
     ] * 2

@@ -78,7 +78,7 @@ def test_by_environment_beside_the_overall_ones():
     assert metrics["words/stop/infrastructure"] == 1 / 3
     assert not [name for name in metrics if name.startswith("other/")]
     assert measures_by_environment(metrics, ["sums", "words"]) == {
-        "sums": {"reward": 1.0, "success": 1.0, "rewards/exact": 1.0},
+        "sums": {"reward": 1.0, "success": 1.0},
         "words": {"reward": 0.625, "success": 0.5, "rewards/chrf": 0.5, "rewards/short": 0.5},
     }
     alone = values(episodes, 0.5)

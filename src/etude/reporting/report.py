@@ -154,14 +154,9 @@ def _progress(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _environments(summary: Mapping[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
-    """The same by environment of a mixed run, every number; a single reward not twice."""
-    found = {}
-    for name, each in summary.get("environments", {}).items():
-        before, after = each.get("before", {}), each.get("after", {})
-        rewards = [key for key in before if key.startswith("rewards/")]
-        single = rewards if len(rewards) == 1 and before[rewards[0]] == before.get("reward") else ()
-        found[name] = _pairs({key: value for key, value in before.items() if key not in single}, after)
-    return found
+    """The same by environment of a mixed run, every number."""
+    known = summary.get("environments", {})
+    return {name: _pairs(each.get("before", {}), each.get("after", {})) for name, each in known.items()}
 
 
 def _pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -48,19 +48,19 @@ def measures_by_environment(
 ) -> dict[str, dict[str, float]]:
     """What a mixed run's metrics say about how good the model is at each.
 
-    That is success, reward and rewards, and what the environment itself says of all its episodes.
+    That is success and reward, each reward where there are several, and what the environment itself says of
+    all its episodes.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in environments}
     for name, number in metrics.items():
         environment, _, rest = name.partition("/")
         if environment in found and rest not in _HOW and not rest.startswith("stop/"):
             found[environment][rest] = number
-    first = ("success", "reward")
-    return {
-        name: dict(sorted(measures.items(), key=lambda item: item[0] not in first))
-        for name, measures in found.items()
-        if measures
-    }
+    for measures in found.values():
+        rewards = [name for name in measures if name.startswith("rewards/")]
+        if len(rewards) == 1 and measures[rewards[0]] == measures["reward"]:
+            del measures[rewards[0]]
+    return {name: measures for name, measures in found.items() if measures}
 
 
 def environment_metrics(environment: Environment, episodes: Sequence[Episode]) -> dict[str, float]:

@@ -202,7 +202,8 @@ class OnlineTrainer(ABC):
         seeds = [mix(self.config.seed, _EVALUATION, i) for i in indices]
         episodes = self.play([rows[i] for i in indices], seeds)
         metrics = episode_metrics(episodes, self.config.success_reward, self._parts)
-        return {**environment_metrics(self._environment, episodes), **self._average(metrics)}, episodes
+        averages, whole = self._average(metrics), environment_metrics(self._environment, episodes)
+        return {**averages, **{name: whole[name] for name in whole if name not in averages}}, episodes
 
     def _measure(self, split: Split, rows: Sequence[Mapping[str, Any]], run: RunDirectory) -> None:
         """Success on held-out tasks, on which nothing is selected."""
