@@ -1,6 +1,6 @@
 """Practice against more imitation, for encoder–decoders: a small T5 and a small BART, two tasks.
 
-    translation   numbers, days and prices in five languages, in words and figures; what was imitated at first,
+    translation   numbers, days and prices in five languages, in words and figures; what is imitated first,
                   and the imitator goes on with, is careless: 60 % have a wrong digit, day or month
     summaries     descriptions of Debian packages, long to short; references are the true ones
 
