@@ -1,4 +1,4 @@
-"""A small T5 learns to translate numbers, dates and prices: careless references first, then practice for chrF.
+"""A small T5 learns to translate numbers, dates and prices: from careless references, then by practice.
 
 python examples/translation.py --seed 0
 

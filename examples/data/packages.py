@@ -1,10 +1,11 @@
-"""How `packages.jsonl.gz` was made: short descriptions of packages and long ones, in words that many of them use.
+"""How `packages.jsonl.gz` was made: short and long descriptions of packages, in words that many of them use.
 
     apt-get update && python examples/data/packages.py packages.jsonl.gz
 
-Reads what apt has fetched on a Debian system, with `Acquire::Languages` "en". Kept are descriptions in plain sentences, of 12 to 50
-words, with a summary of 3 to 10 that takes at least half of its words from them; then those that are almost
-wholly written in the 2,000 words that most of them share, so that a small model can learn to read them.
+Reads what apt has fetched on a Debian system, with `Acquire::Languages` "en". Kept are descriptions in plain
+sentences, of 12 to 50 words, with a summary of 3 to 10 that takes at least half of its words from them; then
+those that are almost wholly written in the 2,000 words that most of them share, so that a small model can
+learn to read them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ RARE = 0.06  # of a description's words, at most
 
 def index(kind: str) -> str:
     """What apt has fetched of one kind: "Packages" or "Translations"."""
-    listed = run("apt-get", "-o", "Acquire::Languages=en", "indextargets", "--format", "$(FILENAME)", f"Created-By: {kind}")
+    listed = run(
+        "apt-get",
+        "-o",
+        "Acquire::Languages=en",
+        "indextargets",
+        "--format",
+        "$(FILENAME)",
+        f"Created-By: {kind}",
+    )
     return "\n".join(run("/usr/lib/apt/apt-helper", "cat-file", name) for name in sorted(listed.split()))
 
 
@@ -63,10 +72,12 @@ def described(fields: dict[str, str], sources: dict[str, str]) -> dict[str, str]
 def common(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Those in words that many of them use: what many use depends on which they are."""
     spoken = [words(f"{row['summary']} {row['document']}") for row in rows]
-    chosen = range(len(rows))
+    chosen = list(range(len(rows)))
     for _ in range(4):
         counts = Counter(word for i in chosen for word in set(spoken[i]))
-        known = {word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:VOCABULARY]}
+        known = {
+            word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:VOCABULARY]
+        }
         rare = [sum(word not in known for word in said) for said in spoken]
         chosen = [
             i

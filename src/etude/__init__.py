@@ -19,6 +19,8 @@ _EXPORTS = {
     "BestOfN": "etude.environments.best_of_n",
     "BestOfNSampler": "etude.sampling.best_of_n",
     "CharacterNoise": "etude.data.noise",
+    "ChatEnvironment": "etude.environments.chat",
+    "ChatProtocol": "etude.environments.chat_protocol",
     "ClassifierReward": "etude.rewards.classifier",
     "CPOConfig": "etude.trainers.preference_config",
     "CPOTrainer": "etude.trainers.cpo",
@@ -26,6 +28,8 @@ _EXPORTS = {
     "Distraction": "etude.data.noise",
     "DPOConfig": "etude.trainers.dpo_config",
     "DPOTrainer": "etude.trainers.dpo",
+    "duck_environments": "etude.environments.adapters.duck",
+    "DuckEnvironment": "etude.environments.adapters.duck",
     "Episode": "etude.types",
     "EtudeError": "etude.errors",
     "evaluate": "etude.evaluation.evaluate",
@@ -37,6 +41,7 @@ _EXPORTS = {
     "GroupTrainer": "etude.trainers.group",
     "GRPOConfig": "etude.trainers.group_config",
     "GRPOTrainer": "etude.trainers.grpo",
+    "GymnasiumEnvironment": "etude.environments.adapters.gymnasium",
     "Injection": "etude.data.noise",
     "IterativeSFTConfig": "etude.trainers.group_config",
     "IterativeSFTTrainer": "etude.trainers.iterative_sft",
@@ -49,6 +54,8 @@ _EXPORTS = {
     "Minibatch": "etude.trainers.experience",
     "MixedEnvironment": "etude.environments.mixed",
     "ModelReward": "etude.rewards.model",
+    "ModelUser": "etude.environments.model_user",
+    "OpenEnvEnvironment": "etude.environments.adapters.openenv",
     "ORPOConfig": "etude.trainers.preference_config",
     "ORPOTrainer": "etude.trainers.orpo",
     "OverlongPenalty": "etude.rewards.overlong",
@@ -71,6 +78,7 @@ _EXPORTS = {
     "sample_dataset": "etude.environments.rejection",
     "SamplingParams": "etude.types",
     "Scores": "etude.trainers.group",
+    "ScriptedUser": "etude.environments.user",
     "Segment": "etude.types",
     "Selection": "etude.data.selection",
     "set_seed": "transformers.trainer_utils",
@@ -86,6 +94,7 @@ _EXPORTS = {
     "ToolErrorPenalty": "etude.rewards.tool_errors",
     "TranslationEnvironment": "etude.environments.translation",
     "ValueModel": "etude.models.value_model",
+    "VerifiersEnvironment": "etude.environments.adapters.verifiers",
     "WordDrop": "etude.data.noise",
 }
 
@@ -100,15 +109,24 @@ if TYPE_CHECKING:
     from etude.data.noise import Paraphrase as Paraphrase
     from etude.data.noise import WordDrop as WordDrop
     from etude.data.selection import Selection as Selection
+    from etude.environments.adapters.duck import DuckEnvironment as DuckEnvironment
+    from etude.environments.adapters.duck import duck_environments as duck_environments
+    from etude.environments.adapters.gymnasium import GymnasiumEnvironment as GymnasiumEnvironment
+    from etude.environments.adapters.openenv import OpenEnvEnvironment as OpenEnvEnvironment
+    from etude.environments.adapters.verifiers import VerifiersEnvironment as VerifiersEnvironment
     from etude.environments.best_of_n import BestOfN as BestOfN
+    from etude.environments.chat import ChatEnvironment as ChatEnvironment
+    from etude.environments.chat_protocol import ChatProtocol as ChatProtocol
     from etude.environments.generation import GenerationEnvironment as GenerationEnvironment
     from etude.environments.history import TextHistory as TextHistory
     from etude.environments.mixed import MixedEnvironment as MixedEnvironment
+    from etude.environments.model_user import ModelUser as ModelUser
     from etude.environments.rejection import sample_dataset as sample_dataset
     from etude.environments.single_turn import SingleTurnEnvironment as SingleTurnEnvironment
     from etude.environments.summarization import SummarizationEnvironment as SummarizationEnvironment
     from etude.environments.text import TextEnvironment as TextEnvironment
     from etude.environments.translation import TranslationEnvironment as TranslationEnvironment
+    from etude.environments.user import ScriptedUser as ScriptedUser
     from etude.errors import EtudeError as EtudeError
     from etude.evaluation.evaluate import Evaluation as Evaluation
     from etude.evaluation.evaluate import evaluate as evaluate

@@ -36,15 +36,21 @@ REFUSED = {
     ("deepseek-v3", "tools"): "outputs▁end｜>' becomes .*Assistant",
     ("deepseek-v3", "tools and user"): "becomes",
     ("deepseek-r1", "user"): "<think>.* becomes",
-    ("deepseek-r1", "tools"): "<think>.* becomes",
-    ("deepseek-r1", "tools and user"): "<think>.* becomes",
+    ("deepseek-r1", "tools"): "as if the model had said it",
+    ("deepseek-r1-marked", "tools"): "as if the model had said it",
     ("gpt-oss", "user"): "thoug.* becomes",
     ("gpt-oss", "tools and user"): "thoug.* becomes",
     ("glm-4.5", "user"): "thoug.* becomes",
     ("glm-4.5", "tools and user"): "thoug.* becomes",
 }
 KINDS = {"user": (None, True), "tools": ([add], False), "tools and user": ([add], True)}
-CAN_NOT = ("llama-2", "gemma", "command-r")  # tools fail outright; the others can be kept as they were read
+CAN_NOT = (
+    "llama-2",
+    "gemma",
+    "command-r",
+    "deepseek-r1",
+    "deepseek-r1-marked",
+)  # tools fail outright; the others can be kept as they were read
 
 
 @pytest.mark.parametrize("kind", KINDS)

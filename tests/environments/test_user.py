@@ -111,6 +111,7 @@ def test_endings_with_a_user(play):
     assert cut.stop is StopReason.TURN_TOKENS
     [full] = play(turns(*["a[eos]"] * 9), ["x" * 50], max_length=30)
     assert (full.stop, full.text) == (StopReason.MAX_TOKENS, "goa"), "a reply that doesn't fit isn't appended"
+    assert full.replies == []
     [calls] = play(turns("a[eos]", CALL, "a[eos]", "a[eos]"), ["x", "y"], max_tool_calls=1, max_turns=9)
     assert (calls.stop, calls.turns) == (StopReason.END_OF_SEQUENCE, 4), "the limit is on calls, not on talk"
     [stopped] = play(turns("a.", "b."), ["x"], generation={"stop_strings": "."})

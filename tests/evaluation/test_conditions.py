@@ -42,6 +42,21 @@ def test_the_columns_are_chosen():
     assert Condition("i", say, "tools").tasks([row], ["prompt"], 0) == [row]
 
 
+def test_of_messages_the_last_of_the_user_s_is_changed():
+    talk = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "what now?"},
+        {"role": "assistant", "content": "well"},
+    ]
+    [row] = Condition("i", Injection(texts=["{bait}"])).tasks([{"prompt": talk, "answer": 1}], COLUMNS, 0)
+    assert row["prompt"] == [*talk[:3], {"role": "user", "content": "what now? banana"}, talk[4]]
+    assert talk[3]["content"] == "what now?", "the caller's messages stay"
+    with pytest.raises(DataError, match="task 0 has no text"):
+        Condition("i", Injection()).tasks([{"prompt": talk[:1]}], COLUMNS, 0)
+
+
 def test_noise_in_tools_is_in_a_copy(tokenizer):
     environment = TextEnvironment(None, tokenizer, tools=[calculator], rewards=no_reward)
     noisy = Condition("tool_i", Injection(), "tools").environment(environment, 0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from encoder_decoders import make_seq2seq
 from huggingface_hub import constants
 from peft import PeftModel
 from tokenizers import Tokenizer
@@ -30,7 +31,7 @@ from transformers import (
 
 from etude.errors import ModelError
 from etude.models.adapters import add_adapter, lora_config
-from etude.models.loading import best_device, load_causal_lm, load_tokenizer
+from etude.models.loading import best_device, holds_encoder_decoder, load_causal_lm, load_tokenizer
 from etude.models.value_head import AutoModelForCausalLMWithValueHead
 from etude.models.wrappers import trunk_of, unwrapped
 
@@ -346,3 +347,18 @@ def test_best_device_works() -> None:
     assert best_device() in ("cuda", "mps", "cpu")
     assert torch.ones(2, device=best_device()).sum().item() == 2
     assert (best_device() == "cuda") == torch.cuda.is_available()
+
+
+def test_whether_an_encoder_decoder_is_there(tmp_path: Path) -> None:
+    """By the configuration alone; an adapter is of the kind that its base is."""
+    adapted = add_adapter(make_seq2seq("bart"), lora_config(2, 4))
+    adapted.get_base_model().save_pretrained(tmp_path / "bart")
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "bart")
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    assert holds_encoder_decoder(tmp_path / "bart")
+    assert holds_encoder_decoder(tmp_path / "adapter")
+    assert not holds_encoder_decoder(tmp_path / "llama")
+    (tmp_path / "llama" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        holds_encoder_decoder(tmp_path / "llama")

@@ -18,7 +18,7 @@ from etude.protocols import Reward
 from etude.rewards.adapter import AdapterReward
 from etude.rewards.model import ModelReward
 from etude.runtime.loop import run_sync
-from etude.types import Episode, Segment
+from etude.types import Episode, Segment, ToolCall
 
 TASKS = [f"say {word}:" for word in ("one", "two", "three", "forty four", "one hundred and two")]
 CHAT = (
@@ -147,6 +147,29 @@ def test_another_chat_template_reads_messages(tokenizer, other_tokenizer, episod
         "completion": [{"role": "assistant", "content": "q"}],
     }
     assert reward.score_texts([row]) == pytest.approx(scores[2:], abs=1e-5)
+
+
+def test_a_conversation_is_read_as_one(other_tokenizer):
+    """Of several turns, a user's replies between them; turns around a tool's answer are one message."""
+    other_tokenizer.chat_template = CHAT.replace("[eos]", "[end]")
+    model = make("Llama", "SequenceClassification", len(other_tokenizer))
+    said = [
+        ("prompt", "?"),
+        ("model", "one"),
+        ("environment", "hm"),
+        ("model", "two"),
+        ("tool", "2"),
+        ("model", "!"),
+    ]
+    talk = Episode(
+        task={"messages": [{"role": "user", "content": "u"}]},
+        segments=[Segment(source, text, [0]) for source, text in said],
+        replies=["hm"],
+        tool_calls=[ToolCall("add", {}, "2", turn=1)],
+    )
+    [score] = run_sync(ModelReward(model, other_tokenizer, read="messages")([talk]))
+    text = "user: u[end]\nassistant: one[end]\nuser: hm[end]\nassistant: two![end]"
+    assert score == pytest.approx(alone(model, other_tokenizer(text)["input_ids"]), abs=1e-5)
 
 
 def test_an_encoder_reads_the_text_between_its_own_marks(tokenizer, episodes):

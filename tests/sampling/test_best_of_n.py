@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from encoder_decoders import FIRST, START, make_seq2seq, seq2seq_tokenizer
 from transformers import GenerationConfig, LlamaForSequenceClassification
 
 from etude.errors import ConfigError, RewardError
@@ -110,3 +111,31 @@ def test_bad_scores_and_settings(make):
         make(Lazy()).generate([[1, 2], [3]])
     with pytest.raises(ConfigError, match="n_candidates is 5"):
         make(vowels, n_candidates=5)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_s_answers_without_the_query(family):
+    """The query is read by its encoder; what is scored is its answer, and an episode has both."""
+    tokenizer, texts, episodes_seen = seq2seq_tokenizer(), [], []
+    model = make_seq2seq(family)
+    queries = [torch.tensor([FIRST, FIRST + 1]), torch.tensor([FIRST + 2])]
+
+    def score(answers):
+        texts.extend(answers)
+        return digits(answers)
+
+    def by_episode(episodes):
+        episodes_seen.extend(episodes)
+        return [digits([episode.completion])[0] for episode in episodes]
+
+    best = BestOfNSampler(model, tokenizer, score, lambda: 8, sample_size=6, seed=1).generate(queries)
+    reward = FunctionReward(by_episode)
+    again = BestOfNSampler(model, tokenizer, reward, lambda: 8, sample_size=6, seed=1).generate(queries)
+    assert best == again
+    for n, [chosen] in enumerate(best):
+        assert digits([chosen])[0] == max(digits(texts[6 * n : 6 * n + 6]))
+    assert len(set(texts)) > 6
+    for n, episode in enumerate(episodes_seen):
+        assert episode.source_ids == queries[n // 6].tolist()
+        assert episode.segments[1].token_ids[0] == START
+        assert episode.prompt == tokenizer.decode(queries[n // 6])

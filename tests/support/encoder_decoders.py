@@ -45,10 +45,47 @@ FAMILIES = {
     "marian": ("MarianMTModel", {**_BART, "tie_word_embeddings": True}),
 }
 
+_BERT = {
+    "model_type": "bert", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+_GEMMA = {
+    **_COMMON, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6,
+    "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+# Their relatives, which fewer tests go through.
+RELATIVES = {
+    "mt5": ("MT5ForConditionalGeneration", {**_T5, "initializer_factor": 0.6}),
+    "umt5": ("UMT5ForConditionalGeneration", _T5),
+    "longt5": ("LongT5ForConditionalGeneration", _T5),
+    "t5gemma": (
+        "T5GemmaForConditionalGeneration",
+        {**_COMMON, "encoder": _GEMMA, "decoder": _GEMMA, "initializer_range": 0.3},
+    ),
+    "pegasus": ("PegasusForConditionalGeneration", _BART),
+    "pegasus_x": ("PegasusXForConditionalGeneration", {**_BART, "block_size": 8}),
+    "bigbird_pegasus": (
+        "BigBirdPegasusForConditionalGeneration",
+        {**_BART, "attention_type": "original_full"},
+    ),
+    "m2m_100": ("M2M100ForConditionalGeneration", _BART),
+    "blenderbot": ("BlenderbotForConditionalGeneration", _BART),
+    "plbart": ("PLBartForConditionalGeneration", _BART),
+    "encoder-decoder": (
+        "EncoderDecoderModel",
+        {
+            "encoder": _BERT,
+            "decoder": {**_BERT, "is_decoder": True, "add_cross_attention": True},
+            **_COMMON,
+        },
+    ),
+}
+
 
 def make_seq2seq(family="t5", dtype=torch.float32, seed=0, **settings):
     """A model in eval mode, with weights large enough that outputs vary."""
-    name, config = FAMILIES[family]
+    name, config = {**FAMILIES, **RELATIVES}[family]
     torch.manual_seed(seed)
     cls = getattr(t, name)
     model = cls(cls.config_class(**{**config, **settings}))

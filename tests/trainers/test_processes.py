@@ -2,11 +2,13 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
+from encoder_decoders import make_seq2seq
 from launching import launch
 from safetensors.torch import load_file
 
@@ -68,6 +70,35 @@ mine = rows[rank * 8 // processes:(rank + 1) * 8 // processes]
 trainer.step([q for q, _, _ in mine], [r for _, r, _ in mine], [s for _, _, s in mine])
 trainer.save_model(f"{directory}/after-{processes}")
 trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+SEQ2SEQ_STEP = """
+import sys, torch
+from transformers import AutoTokenizer
+from etude import AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
+
+directory, processes = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(f"{directory}/model")
+for family in ("t5", "bart"):
+    model = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(f"{directory}/{family}", dtype="float64")
+    torch.nn.init.normal_(model.v_head.summary.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.zeros_(model.v_head.summary.bias)
+    config = PPOConfig(batch_size=8 // processes, mini_batch_size=2, ppo_epochs=2, init_kl_coef=0.1,
+                       gradient_accumulation_steps=4 // processes, max_grad_norm=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = PPOTrainer(config, model, tokenizer=tokenizer, optimizer=optimizer)
+    generator = torch.Generator().manual_seed(2)
+    ids = lambda n: torch.randint(5, 40, (n,), generator=generator)
+    sources = [ids(3), ids(6), ids(4)]
+    start = torch.tensor(trainer.starts[0])
+    rows = [(sources[i % 3], torch.cat([start, ids(3 + i)]), float(i % 3)) for i in range(8)]
+    rank = trainer.accelerator.process_index
+    mine = rows[rank * 8 // processes:(rank + 1) * 8 // processes]
+    trainer.step(*map(list, zip(*mine)))
+    trainer.save_model(f"{directory}/{family}-{processes}")
+    trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
 
@@ -203,6 +234,26 @@ def test_two_processes_train_a_value_model_as_one_does(model_directory, make_gpt
         for d in ("after-1", "after-2")
     ]
     torch.testing.assert_close(*heads, atol=1e-6, rtol=0)
+
+
+def test_two_processes_train_encoder_decoders_as_one_does(model_directory, monkeypatch):
+    """Whoever encodes a source, and where several encode the same one."""
+    for family in ("t5", "bart"):
+        make_seq2seq(family).save_pretrained(model_directory / family)
+    (model_directory / "step.py").write_text(SEQ2SEQ_STEP)
+    monkeypatch.setattr(sys, "argv", ["step.py", str(model_directory), "1"])
+    runpy.run_path(str(model_directory / "step.py"))
+    done = launch(2, str(model_directory / "step.py"), str(model_directory), "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for family in ("t5", "bart"):
+        one, two, before = (
+            load_file(model_directory / d / "model.safetensors")
+            for d in (f"{family}-1", f"{family}-2", family)
+        )
+        moved = [(one[name] - before[name].double()).abs().max().item() for name in one if "encoder" in name]
+        assert max(moved) > 1e-4
+        for name, parameter in one.items():
+            torch.testing.assert_close(parameter, two[name], atol=1e-6, rtol=0, msg=f"{family} {name}")
 
 
 @pytest.mark.parametrize("batch", ["whole", "silent"])

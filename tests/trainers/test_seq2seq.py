@@ -14,6 +14,7 @@ from etude import (
     GRPOTrainer,
     IterativeSFTConfig,
     IterativeSFTTrainer,
+    MixedEnvironment,
     PPOConfig,
     PPOTrainer,
     ReinforceConfig,
@@ -336,6 +337,18 @@ def test_what_an_environment_begins_with_is_known_to_step(tokenizer):
         assert mask.tolist() == [0] + [1] * (len(response) - 1)
     stats = trainer.step(queries, responses, rewards, masks)
     assert np.abs(stats["ppo/policy/ratio"] - 1).max() < 1e-6
+
+
+def test_what_the_environments_of_a_mixed_one_begin_with_is_known_to_step(tokenizer):
+    model = make_seq2seq("mbart")
+    parts = {
+        "to eight": playing(model, tokenizer, decoder_start_token_id=8),
+        "as it is": playing(model, tokenizer),
+    }
+    mixed = MixedEnvironment(parts)
+    config = PPOConfig(batch_size=4, mini_batch_size=4, ppo_epochs=1)
+    trainer = PPOTrainer(config, model, environment=mixed, tokenizer=tokenizer)
+    assert trainer.starts == [(START,), (8,)]
 
 
 def test_histories_in_lock_step(tokenizer):

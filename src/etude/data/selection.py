@@ -110,7 +110,7 @@ def _segments(episode: Episode) -> dict[str, Any]:
 
 
 def _completion(episode: Episode) -> dict[str, Any]:
-    foreign = {segment.source for segment in episode.segments} - {"prompt", "model"}
+    foreign = {s.source for s in episode.segments if s.text} - {"prompt", "model"}
     if foreign:
         raise DataError(
             f"an episode has text of its {' and '.join(sorted(foreign))} (it began "

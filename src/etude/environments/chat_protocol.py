@@ -18,7 +18,7 @@ from etude.environments.call_format import CallFormat, call_format
 from etude.environments.chat_framing import ChatFraming
 from etude.environments.chat_template import ASK, WORD, ChatTemplate
 from etude.environments.tags import Call, Framing, ParsedTurn, Reply
-from etude.errors import ConfigError, DataError
+from etude.errors import ConfigError, DataError, TemplateError
 from etude.tools.function import tools_by_name
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,10 @@ class ChatProtocol:
             logger.warning(
                 "the chat template shows the model no tools and no calls; describe them in a system message, "
                 'as called by <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+            )
+        if tools and not self.template.tells_tools:
+            raise TemplateError(
+                "the chat template shows what a tool says as if the model had said it; take one with tools"
             )
         self.parse("")
         messages = [{"role": "system", "content": "Be brief."}] * system + [ASK]

@@ -89,6 +89,18 @@ class ChatTemplate:
         return 0
 
     @cached_property
+    def tells_tools(self) -> bool:
+        """It shows what a tool says otherwise than what the model says; templates without tools may not."""
+        turn = {"role": "assistant", "content": "So."}
+        texts = set()
+        for role in ("tool", "assistant"):
+            try:
+                texts.add(self.render([ASK, turn, {"role": role, "content": WORD}]).text(3))
+            except TemplateError:  # it has no such message here
+                return True
+        return len(texts) == 2
+
+    @cached_property
     def shows_thoughts(self) -> bool:
         return WORD in self.said(content="So.", reasoning_content=WORD)
 

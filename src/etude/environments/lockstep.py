@@ -51,7 +51,9 @@ class Lockstep(ABC):
     async def _answer(self, episode: Episode, parsed: ParsedTurn) -> list[Reply]: ...
 
     @abstractmethod
-    def _append(self, episode: Episode, answer: Sequence[Segment], limit: int) -> None: ...
+    def _append(
+        self, episode: Episode, answer: Sequence[Segment], limit: int, heard: Sequence[str] = ()
+    ) -> None: ...
 
     def generate(self, histories: list[TextHistory]) -> list[TextHistory]:
         """Sample one turn for each history that isn't completed.
@@ -59,10 +61,12 @@ class Lockstep(ABC):
         An encoder–decoder's encoder reads what a history holds before its first turn.
 
         Raises:
-            EnvironmentSetupError: there is a user, whom TRL's loop wouldn't ask.
+            EnvironmentSetupError: there is a user, whom TRL's loop wouldn't ask, or a chat template.
         """
-        if self.user is not None:
-            raise EnvironmentSetupError("the lock-step methods ask no user; call run(tasks), or drop user=")
+        if self.user is not None or self.protocol.end_ids:
+            raise EnvironmentSetupError(
+                "the lock-step methods ask no user and know no chat templates; call run(tasks)"
+            )
         start = decoder_start(self.generation_kwargs, self.sampler.decoder_start)
 
         async def turn(history: TextHistory, seed: int) -> None:

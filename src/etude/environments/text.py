@@ -243,7 +243,8 @@ class TextEnvironment(Lockstep):
             episode.stop, episode.error = StopReason.INFRASTRUCTURE, str(error)
         finally:
             session.close()
-            leave(self.user, episode)
+            if self.user is not None:
+                leave(self.user, episode)
             episode.timings["total"] = time.monotonic() - started
         return episode
 
@@ -290,7 +291,8 @@ class TextEnvironment(Lockstep):
             _count(episode, "user", started)
         if replies:
             ended_by = sampled.token_ids[-1] if sampled.finish == "eos" else None
-            self._append(episode, framing.frame(replies, ended_by), limit)
+            heard = [reply.text for reply in replies if reply.call is None]
+            self._append(episode, framing.frame(replies, ended_by), limit, heard)
         else:  # the user has nothing to add
             episode.stop = _last_word(sampled)
 
@@ -357,18 +359,20 @@ class TextEnvironment(Lockstep):
         reply = await ask(self.user, episode)
         if reply is None:
             return []
-        episode.replies.append(reply)
         encoded = encode_plain(self.tokenizer, reply)
         return [Reply(encoded.text, encoded.ids)]
 
-    def _append(self, episode: Episode, answer: Sequence[Segment], limit: int) -> None:
-        """Append what came back, if it fits."""
+    def _append(
+        self, episode: Episode, answer: Sequence[Segment], limit: int, heard: Sequence[str] = ()
+    ) -> None:
+        """Append what came back, if it fits; `heard` is what a user said in it."""
         if episode.context_length + sum(len(segment.token_ids) for segment in answer) >= limit:
             episode.stop = StopReason.MAX_TOKENS
             return
         for segment in answer:
             if segment.token_ids:
                 episode.append(segment)
+        episode.replies += heard
         if self.is_done(episode):
             episode.stop = StopReason.DONE
 

@@ -5,6 +5,7 @@
     tokenizer           of the model that plays; without one, it has to be given to whoever trains the model
     max_length          tokens of an episode at most, for the sampler's memory; else the model's own limit
     params              `SamplingParams` of a turn: training has to learn at the temperature it samples at
+    generation_kwargs   of a turn: they may choose what an encoder–decoder's decoder begins with
     environments        of a mixed one, by name; with their `weights`
     tools               by name, for noise in what they reply
     prompt_text(task)   the text an episode begins with, to recognise a task by
@@ -25,6 +26,7 @@ from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError
 from etude.math.counters import mix
 from etude.protocols import Environment, Sampler
+from etude.sampling.params import decoder_start
 from etude.types import Episode
 
 
@@ -76,6 +78,17 @@ def temperatures_of(environment: Environment | None) -> dict[str, float]:
     parts = {"": environment, **parts_of(environment)}
     params = {name: getattr(part, "params", None) for name, part in parts.items()}
     return {name: each.temperature for name, each in params.items() if each is not None}
+
+
+def starts_of(environment: Environment | None, own: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """What an encoder–decoder's decoder begins with there, each beginning once.
+
+    Args:
+        own: with what it begins where nothing else is asked for.
+    """
+    parts = [environment, *parts_of(environment).values()]
+    settings = [getattr(part, "generation_kwargs", None) for part in parts]
+    return list(dict.fromkeys(decoder_start(each, own) for each in settings))
 
 
 def tools_of(environment: Environment) -> dict[str, Any]:

@@ -76,7 +76,7 @@ async def ask(user: User, episode: Episode) -> str | None:
     return reply
 
 
-def leave(user: User | None, episode: Episode) -> None:
+def leave(user: User, episode: Episode) -> None:
     """The episode is over: a user that keeps something for it gives it up."""
     close = getattr(user, "close", None)
     if close is not None:

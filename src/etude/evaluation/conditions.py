@@ -45,6 +45,8 @@ class Condition:
     def tasks(self, rows: Sequence[Task], columns: Sequence[str], seed: int) -> list[Task]:
         """The tasks with noise in those of the columns that are texts; by `seed` and a task's place.
 
+        Of messages, the last one of the user's is the text.
+
         Raises:
             DataError: a task has a text in none of the columns.
         """
@@ -52,14 +54,14 @@ class Condition:
             return list(rows)
         noisy = []
         for place, row in enumerate(rows):
-            texts = {name: row[name] for name in columns if isinstance(row.get(name), str)}
+            texts = {name: text for name in columns if (text := _text_of(row.get(name))) is not None}
             if not texts:
                 raise DataError(
                     f"task {place} has no text in {' or '.join(map(repr, columns))} to put noise into, only "
                     f"{', '.join(map(repr, row))}; name the columns that hold its text (noise_columns)"
                 )
             changed = {name: self.noise(text, mix(seed, _PROMPTS, place)) for name, text in texts.items()}
-            noisy.append({**row, **changed})
+            noisy.append({**row, **{name: _with_text(row[name], text) for name, text in changed.items()}})
         return noisy
 
     def environment(self, environment: Environment, seed: int) -> Environment:
@@ -95,6 +97,25 @@ def make_conditions(noise: Noises, tool_noise: Noises, has_tools: bool) -> list[
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two conditions are named {repeated[0]!r}; give noises as {{name: noise}}")
     return found
+
+
+def _asked(messages: Sequence[Any]) -> int | None:
+    """Which message is the user's last, if that is a text."""
+    asked = [i for i, m in enumerate(messages) if isinstance(m, Mapping) and m.get("role") == "user"]
+    return asked[-1] if asked and isinstance(messages[asked[-1]].get("content"), str) else None
+
+
+def _text_of(value: Any) -> str | None:
+    if isinstance(value, list) and (place := _asked(value)) is not None:
+        return str(value[place]["content"])
+    return value if isinstance(value, str) else None
+
+
+def _with_text(value: Any, text: str) -> Any:
+    if isinstance(value, str):
+        return text
+    place = _asked(value)
+    return [{**message, "content": text} if i == place else message for i, message in enumerate(value)]
 
 
 def _named(noises: Noises) -> list[tuple[str, Noise]]:

@@ -24,6 +24,7 @@ from etude.data.formats import to_prompt
 from etude.data.scored import scored_ids
 from etude.errors import ConfigError, RewardError
 from etude.math.reward_model import step_log_odds
+from etude.rewards.function import conversation_of
 from etude.rewards.levels import Level, Score, check_level, positions
 from etude.rewards.reading import EpisodeReader, Reading
 from etude.rewards.scores import check_scores, check_weight
@@ -223,8 +224,7 @@ def _steps_in_text(episode: Episode, tokenizer: Any, separator: str, read: Readi
     """Steps of an episode in other words, each encoded with its separator, as in training."""
     prompt: Any = episode.prompt
     if read == "messages":
-        given = episode.task.get("prompt")
-        prompt = given if isinstance(given, list) else [{"role": "user", "content": prompt}]
+        prompt = conversation_of(episode) or [{"role": "user", "content": prompt}]
     ids = list(to_prompt({"prompt": prompt}, tokenizer).token_ids)
     ends: list[list[int]] = []
     before = None

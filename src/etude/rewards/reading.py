@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from etude.data.encoding import decode
 from etude.data.families import into_passes
-from etude.data.formats import to_episode
+from etude.data.formats import to_episode, to_episodes
 from etude.data.scored import length_limit, pack_scored
 from etude.errors import ConfigError, ModelError, RewardError
 from etude.models.adapters import base_of, find_adapter
@@ -28,6 +28,7 @@ from etude.models.places import locate
 from etude.models.reward_model import load_reward_model
 from etude.models.score_head import Kind, check_labels
 from etude.models.score_reader import ScoreReader
+from etude.rewards.function import conversation_of
 from etude.types import Episode
 
 Reading = Literal["tokens", "text", "messages"]
@@ -144,11 +145,9 @@ class EpisodeReader:
         if read == "text":
             segments = [{"source": s.source, "text": s.text} for s in episode.segments]
             return to_episode({"segments": segments}, self.tokenizer, append_eos=False)
-        prompt = episode.task.get("prompt")
-        if not isinstance(prompt, list):
-            prompt = [{"role": "user", "content": episode.prompt}]
-        answer = [{"role": "assistant", "content": episode.completion}]
-        return to_episode({"prompt": prompt, "completion": answer}, self.tokenizer)
+        prompt = conversation_of(episode) or [{"role": "user", "content": episode.prompt}]
+        row = {"prompt": prompt, "completion": _talk(episode)}
+        return to_episodes(row, self.tokenizer)[-1]  # the whole conversation
 
     @torch.no_grad()
     def scores_at(self, sequences: Sequence[Sequence[int]], ends: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -170,6 +169,21 @@ class EpisodeReader:
             for i, each in zip(chosen, found, strict=True):
                 scores[i] = each
         return scores
+
+
+def _talk(episode: Episode) -> list[dict[str, Any]]:
+    """What model and user said. Turns that a tool answered are one message with the next."""
+    called = {call.turn for call in episode.tool_calls}
+    replies = iter(episode.replies)
+    talk: list[dict[str, Any]] = []
+    said = ""
+    for index, turn in enumerate(episode.model_turns):
+        said += "".join(segment.text for segment in turn)
+        reply = None if index in called else next(replies, None)
+        if reply is not None:
+            talk += [{"role": "assistant", "content": said}, {"role": "user", "content": reply}]
+            said = ""
+    return [*talk, {"role": "assistant", "content": said}]
 
 
 def _tokenizer_of(name_or_path: str | PathLike[str]) -> PreTrainedTokenizerBase:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from etude.environments.mixed import check_success
-from etude.environments.traits import check_environment, tokenizer_of
+from etude.environments.traits import check_environment, starts_of, tokenizer_of
 from etude.errors import ConfigError, DataError, ModelError
 from etude.math.counters import mix
 from etude.math.kl import KLKind
@@ -311,8 +311,7 @@ class PolicyTrainer(OnlineTrainer):
         if not self.is_encoder_decoder:
             return []
         own = decoder_start_ids(trunk_of(self.model))
-        settings = getattr(self.environment, "generation_kwargs", None)
-        return [*dict.fromkeys([own, decoder_start(settings, own), *self._starts])]
+        return list(dict.fromkeys([own, *starts_of(self.environment, own), *self._starts]))
 
     @contextmanager
     def _reference_sampler(self) -> Iterator[LocalSampler]:

@@ -5,10 +5,12 @@ Needs the extra `openenv`; `make test-environments` runs it in a virtual environ
 
 import contextlib
 import json
+import re
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from scripts import Script
@@ -250,6 +252,15 @@ def test_a_servers_tools_and_nobody_who_calls_them(counting, make_inner):
     [episode] = play(environment, [{"prompt": "count", "goal": 4}])
     assert episode.rewards == [NamedReward("openenv", None)]
     assert episode.stop is StopReason.SUBMITTED
+
+
+def test_the_pages_snippet(guessing, model, tokenizer):
+    page = (Path(__file__).parents[3] / "docs/adapters.md").read_text("utf-8")
+    [snippet] = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "OpenEnv" in code]
+    names = {"address": guessing, "inner": TextEnvironment(model, tokenizer)}
+    exec(snippet, names)
+    [history] = names["histories"]
+    assert history.text.startswith("guess of 3")
 
 
 def test_a_server_without_tools_is_said(guessing, make_inner):

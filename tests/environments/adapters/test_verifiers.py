@@ -4,13 +4,17 @@ Needs the extra `verifiers`; `make test-environments` runs it in a virtual envir
 """
 
 import importlib.machinery
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
-from scripts import Script
+from scripts import ChatScript, Script
+from template_families import family_tokenizer
 
 from etude.environments.adapters.verifiers import VerifiersEnvironment
+from etude.environments.chat import ChatEnvironment
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
 from etude.errors import DataError, EnvironmentSetupError
@@ -95,6 +99,29 @@ def test_a_question_and_its_answer(words, make_inner, tokenizer):
     ]
     assert [(r.name, r.value) for r in wrong.rewards][:2] == [("exact", 0.0), ("length", 0.5)]
     assert wrong.reward == 0.75
+
+
+def test_the_pages_snippet(words, make_inner):
+    page = (Path(__file__).parents[3] / "docs/adapters.md").read_text("utf-8")
+    [snippet] = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Verifiers" in code]
+    turns = {"turn round\n\nabc": ["cba[eos]"], "turn round\n\nde": ["d[eos]"]}
+    names = {"taskset": words, "inner": make_inner(turns)}
+    exec(snippet, names)
+    assert [history.episode.reward for history in names["histories"]] == [3.0, 0.75]
+
+
+def test_conversations(words, make_llama):
+    tokenizer = family_tokenizer("qwen2.5")
+    model = make_llama(
+        vocab_size=len(tokenizer), eos_token_id=None, pad_token_id=None, max_position_embeddings=512
+    )
+    script = ChatScript(tokenizer, {"abc": ["cba<|im_end|>"]}, ("<|im_start|>assistant\n",))
+    generation = {"max_new_tokens": 20, "logits_processor": [script]}
+    inner = ChatEnvironment(model, tokenizer, generation_kwargs=generation)
+    [episode] = play(VerifiersEnvironment(words, inner), [{"task": 0}])
+    assert "system\nturn round<|im_end|>" in episode.prompt
+    assert "user\nabc<|im_end|>" in episode.prompt
+    assert episode.reward == 3.0
 
 
 def test_rows_that_are_no_tasks(words, make_inner):
@@ -245,6 +272,25 @@ def test_the_environments_own_run_is_the_user(game, make_inner):
     assert (lost.stop, lost.turns) == (StopReason.MAX_TURNS, 3)
     assert {r.name: r.value for r in lost.rewards} == {"brief": 1 / 3, "won": 0.0, "said": 6.0}
     assert {r.name: r.value for r in first.rewards} == {"brief": 1.0, "won": 1.0, "said": 2.0}
+
+
+def test_what_does_not_fit_ends_the_exchange(game, make_inner):
+    row = VerifiersEnvironment(game, make_inner({})).rows()[0]
+    [cut] = play(VerifiersEnvironment(game, make_inner({"guess": ["1[eos]", "3[eos]"]}, max_length=9)), [row])
+    assert (cut.stop, cut.text) == (StopReason.MAX_TOKENS, "guess1"), "the reply had no room"
+    assert {r.name: r.value for r in cut.rewards} == {"brief": 1.0, "won": 0.0, "said": 3.0}
+
+
+def test_what_does_not_fit_at_all_is_scored_as_it_stands(words, make_inner):
+    environment = VerifiersEnvironment(words, make_inner({}, max_length=5))
+    episode, _ = play(environment, environment.rows())
+    assert (episode.stop, episode.turns) == (StopReason.MAX_TOKENS, 0)
+    assert {r.name: r.value for r in episode.rewards} == {
+        "exact": 0.0,
+        "length": 0.0,
+        "turns": 1.0,
+        "tokens": 0.0,
+    }
 
 
 def test_what_their_code_breaks_is_data(game, make_inner):

@@ -73,7 +73,7 @@ class DuckEnvironment(InstanceEnvironment):
         self.factory = factory
         self.reward_name = name
         self.weight = check_weight(weight, name or made_by)
-        self._played: dict[int, tuple[Episode, Any]] = {}  # until they are scored
+        self._played: dict[int, tuple[Episode, Mapping[str, Any]]] = {}  # until they are scored
 
     async def make(self, task: Mapping[str, Any], calls: ForeignCalls) -> Instance:
         return _Duck(await calls(self.factory), self, calls)
@@ -88,17 +88,16 @@ class DuckEnvironment(InstanceEnvironment):
         """Append the inner environment's rewards; their functions may ask for `environments`."""
         tasks = [episode.task for episode in episodes]
         for episode in episodes:
-            _, duck = self._played.pop(id(episode), (episode, None))
-            episode.task = {**episode.task, "environments": duck}
+            _, episode.task = self._played.pop(id(episode), (episode, episode.task))
         try:
             await self.inner.score(episodes)
         finally:
             for episode, task in zip(episodes, tasks, strict=True):
                 episode.task = task
 
-    def keep(self, episode: Episode, duck: Any) -> None:
-        """Until the episode is scored."""
-        self._played[id(episode)] = (episode, duck)
+    def keep(self, episode: Episode, task: Mapping[str, Any]) -> None:
+        """Keep the task that rewards are to see, until the episode is scored."""
+        self._played[id(episode)] = (episode, task)
 
 
 def duck_environments(
@@ -146,7 +145,7 @@ class _Duck(Instance):
             name = self.environment.reward_name or type(self.duck).__name__
             [value] = check_scores([await self.calls(self.duck.get_reward)], name, [episode])
             episode.rewards.append(NamedReward(name, value, self.environment.weight))
-        self.environment.keep(episode, self.duck)
+        self.environment.keep(episode, {**episode.task, "environments": self.duck})
 
     async def close(self) -> None:
         if "close" in self.own:
