@@ -9,7 +9,8 @@ import time
 import pytest
 from scripts import Script
 
-from etude.environments.adapters.duck import DuckEnvironment
+from etude import BestOfN, Selection, evaluate, sample_dataset
+from etude.environments.adapters.duck import DuckEnvironment, duck_environments
 from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
 from etude.errors import DataError, EnvironmentSetupError, RewardError, SamplerError
@@ -298,6 +299,42 @@ def test_a_time_limit_interrupts_and_the_object_still_scores(make_inner, counter
     assert episode.stop is StopReason.WALL_CLOCK
     assert episode.reward == 0.0
     assert episode.rewards
+
+
+def test_everything_that_plays_takes_one(make_inner, counter, tmp_path):
+    turns = {f"count to {goal}": [ADD.format(3), "<submit>"] for goal in (3, 5)}
+    environment = DuckEnvironment(counter, make_inner(turns))
+    tasks = [{"prompt": "count", "goal": 3}, {"prompt": "count", "goal": 5}]
+    queries, responses, masks, rewards, histories = environment.run(tasks)
+    assert [float(reward) for reward in rewards] == [1.0, 0.0]
+    assert [history.text.split("<")[0] for history in histories] == ["count to 3", "count to 5"]
+    assert len(queries[0]) + len(responses[0]) == len(histories[0].tokens)
+    assert masks[0].sum() == len(responses[0]) - 2, "all but what the tool said and its frame"
+
+    best = BestOfN(environment, n=2).run(tasks)
+    assert [len(group) for group in best] == [1, 1]
+    measured = evaluate(environment, tasks, samples=2).measures["clean"]
+    assert measured["success"].value == 0.5
+    for resume in (False, True):
+        summary = sample_dataset(
+            environment, tasks, tmp_path, Selection(format="segments"), num_samples=2, resume=resume
+        )
+        assert (summary.episodes, summary.rows) == (4, 2)
+
+    class Other(Silent):
+        def quack(self) -> str:
+            """Quack."""
+            return "quack"
+
+    turns["go"] = ["<request><quack><call>", "<request><add>1<call>", "<submit>"]
+    mixed = duck_environments({"counter": counter, "other": Other}, make_inner(turns), max_instances=1)
+    rows = [{**tasks[0], "environment": "counter"}, {"prompt": "go", "environment": "other"}]
+    counted, quacked = (history.episode for history in mixed.run(rows)[-1])
+    assert counted.reward == 1.0
+    assert [call.error for call in quacked.tool_calls] == [None, "unknown_tool"]
+    assert not quacked.rewards
+    with pytest.raises(DataError, match="expected 'counter' or 'other'"):
+        mixed.run([{"prompt": "go", "environment": "nobody"}])
 
 
 def test_what_is_no_environment_is_said_at_once(make_inner):

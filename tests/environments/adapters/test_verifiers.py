@@ -274,6 +274,25 @@ def test_the_environments_own_run_is_the_user(game, make_inner):
     assert {r.name: r.value for r in first.rewards} == {"brief": 1.0, "won": 1.0, "said": 2.0}
 
 
+def test_what_does_not_fit_ends_the_exchange(game, make_inner):
+    row = VerifiersEnvironment(game, make_inner({})).rows()[0]
+    [cut] = play(VerifiersEnvironment(game, make_inner({"guess": ["1[eos]", "3[eos]"]}, max_length=9)), [row])
+    assert (cut.stop, cut.text) == (StopReason.MAX_TOKENS, "guess1"), "the reply had no room"
+    assert {r.name: r.value for r in cut.rewards} == {"brief": 1.0, "won": 0.0, "said": 3.0}
+
+
+def test_what_does_not_fit_at_all_is_scored_as_it_stands(words, make_inner):
+    environment = VerifiersEnvironment(words, make_inner({}, max_length=5))
+    episode, _ = play(environment, environment.rows())
+    assert (episode.stop, episode.turns) == (StopReason.MAX_TOKENS, 0)
+    assert {r.name: r.value for r in episode.rewards} == {
+        "exact": 0.0,
+        "length": 0.0,
+        "turns": 1.0,
+        "tokens": 0.0,
+    }
+
+
 def test_what_their_code_breaks_is_data(game, make_inner):
     environment = VerifiersEnvironment(game, make_inner({"guess": ["3[eos]"]}))
     fine, lost = play(environment, [environment.rows()[i] for i in (0, 3)])

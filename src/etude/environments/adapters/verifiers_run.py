@@ -78,6 +78,7 @@ class Rollout(Instance):
         self._asked: asyncio.Queue[list[Any]] = asyncio.Queue()  # what a turn is to answer
         self._said: asyncio.Queue[Any] = asyncio.Queue()  # what it answered
         self._heard = 0  # turns of the model that were handed over
+        self._owed = False  # a turn was asked for and not answered yet
         self._over = False
         self._driver: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
@@ -111,8 +112,11 @@ class Rollout(Instance):
         self._over = True
         if self._heard < episode.turns:  # the last turn that a limit allows was answered by nobody
             self._hand_over(episode)
-        while await self._next() is not None:
+        elif self._owed:  # what was asked didn't fit any more
+            self._write(episode)
             self._said.put_nowait(self.vf.Segment(messages=[], terminated=True))
+        if await self._next() is not None:
+            raise InstanceError(f"{self.calls.name} asks for a turn of an episode that is over")
         for name, reward in self.trace.rewards.items():
             score, weight = (None, 1.0) if reward is None else (reward.score, reward.weight)
             self._give(episode, name, score, weight)
@@ -125,12 +129,15 @@ class Rollout(Instance):
 
     def _hand_over(self, episode: Episode) -> None:
         """The turns since the user last spoke, as what the stand-in's turn came to."""
-        self.episode = episode
         turns = range(self._heard, episode.turns)
         messages = [message for turn in turns for message in turn_messages(self.vf, episode, turn)]
-        self._heard = episode.turns
-        fill(self.vf, self.trace, self.prompt, episode)
+        self._heard, self._owed = episode.turns, False
+        self._write(episode)
         self._said.put_nowait(self.vf.Segment(messages=messages))
+
+    def _write(self, episode: Episode) -> None:
+        self.episode = episode
+        fill(self.vf, self.trace, self.prompt, episode)
 
     async def _next(self) -> list[Any] | None:
         """What the next turn of the model is to answer; None where the environment's run has ended."""
@@ -211,6 +218,7 @@ class Rollout(Instance):
     async def turn(self, messages: list[Any]) -> Any:
         if self._over:
             return self.vf.Segment(messages=[], terminated=True)
+        self._owed = True
         self._asked.put_nowait(messages)
         return await self._said.get()
 
