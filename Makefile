@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install browser demo test test-peers test-environments check lint types format peers bench-rollout bench-train bench-sft bench-learning bench-robustness clean
+.PHONY: install browser demo test test-peers test-environments check lint types format peers bench-rollout bench-train bench-sft bench-learning bench-robustness bench-encoder-decoders clean
 
 install: $(STAMP)
 
@@ -85,6 +85,10 @@ bench-learning: install
 # Practice against more imitation at equal compute: success under noise, on a second task, by time; 25 minutes.
 bench-robustness: install
 	$(BIN)/python -m benchmarks.robustness $(BENCH_ARGS)
+
+# Encoder–decoders that practise by PPO against ones that imitate on, two families and two tasks; about 20 minutes.
+bench-encoder-decoders: install
+	$(BIN)/python -m benchmarks.encoder_decoders $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-openenv .venv-verifiers runs benchmarks/results benchmarks/peers/*/.venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -175,11 +175,6 @@ def main() -> None:
         output_dir=directory / "sft",
         seed=arguments.seed,
     )
-    places = {
-        f"environments.{skill}.{part}_dataset": directory / f"data/{skill}/{split}.jsonl"
-        for skill in SKILLS
-        for part, split in (("train", "train"), ("eval", "validation"), ("test", "test"))
-    }
     etude(
         "ppo",
         config=here / "mixed.yaml",
@@ -187,9 +182,19 @@ def main() -> None:
         output_dir=directory,
         overwrite_output_dir="true",
         seed=arguments.seed,
-        **places,
+        **places(directory),
     )
     show(directory, arguments.seed, started)
+
+
+def places(directory: Path) -> dict[str, Path]:
+    """Options that say where the tasks are."""
+    parts = (("train", "train"), ("eval", "validation"), ("test", "test"))
+    return {
+        f"environments.{skill}.{part}_dataset": directory / f"data/{skill}/{split}.jsonl"
+        for skill in SKILLS
+        for part, split in parts
+    }
 
 
 def show(directory: Path, seed: int, started: float) -> None:
@@ -206,8 +211,8 @@ def show(directory: Path, seed: int, started: float) -> None:
     for skill in SKILLS:
         console.print(episode_text(episodes[skill]), "\n", soft_wrap=True)
     for skill, both in run.read_summary()["environments"].items():
-        numbers = ((name, both["before"][name], both["after"][name]) for name in both["before"])
-        print(f"{skill}:", ", ".join(f"{name} {first:.2f} → {last:.2f}" for name, first, last in numbers))
+        pairs = ((name, before, both["after"][name]) for name, before in both["before"].items())
+        print(f"{skill}:", ", ".join(f"{name} {before:.2f} → {after:.2f}" for name, before, after in pairs))
     summary, seconds = run.read_summary(), time.monotonic() - started
     before, after = summary["before"], summary["after"]
     print(f"success before={before:.2f} after={after:.2f} seed={seed} seconds={seconds:.0f}")

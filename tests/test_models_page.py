@@ -1,26 +1,32 @@
 """The table in `docs/models.md` says what the library finds out about each family, and nothing else.
 
 That value head, reloading, LoRA, PPO and GRPO work is tested for each family in
-`models/test_decoder_families` and `trainers/test_families`, and what the sampler does in
-`sampling/test_families`.
+`models/test_decoder_families` and `trainers/test_families`, for encoder–decoders in
+`trainers/test_seq2seq_families`, and what the sampler does in `sampling/test_families`.
 """
 
 import re
 from pathlib import Path
 
 import pytest
-import transformers as t
 from decoder_families import FAMILIES, PADS_RIGHT, WIDE, make_family
+from encoder_decoders import FAMILIES as SEQ2SEQ_FAMILIES
+from encoder_decoders import RELATIVES, make_seq2seq, seq2seq_tokenizer
 from peft import LoraConfig, PromptTuningConfig
 
 from etude.errors import ModelError
 from etude.models.adapters import add_adapter, lora_config
 from etude.models.forward import PolicyForward
 from etude.models.packing import supports_packing
-from etude.models.value_head import AutoModelForCausalLMWithValueHead
+from etude.models.score_head import with_score_head
+from etude.models.value_head import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from etude.sampling.encoder_decoder import EncoderDecoderBackend
 from etude.sampling.local import LocalSampler
+from etude.trainers.critic import critic_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+ENCODER_DECODERS = {**SEQ2SEQ_FAMILIES, **RELATIVES}
+SEQ2SEQ = "ForConditionalGeneration|MTModel|EncoderDecoderModel"
 SAMPLER = {
     "packed": "all rows in one step",
     "pieces": "row by row",
@@ -58,8 +64,26 @@ def line(family):
 PAGE_TEXT = PAGE.read_text()
 
 
-def table():
-    return re.findall(r"^\| \w+(?:ForCausalLM|LMHeadModel) \|.*", PAGE_TEXT, re.MULTILINE)
+def seq2seq_line(family):
+    model = make_seq2seq(family)
+    backend = LocalSampler(model, seq2seq_tokenizer())._backend
+    sampler = "in one step" if isinstance(backend, EncoderDecoderBackend) else "row by row"
+    try:
+        add_adapter(make_seq2seq(family), LoraConfig(task_type="SEQ_2_SEQ_LM"))
+        lora = "✓"
+    except ModelError:
+        lora = "✓ by `all-linear`"
+    try:
+        with_score_head(make_seq2seq(family), "sequence")
+        reward = "✓"
+    except ModelError:
+        reward = "none in `transformers`"
+    notes = "whole logits, not in chunks" if PolicyForward(model).head is None else ""
+    return f"| {' | '.join([type(model).__name__, sampler, lora, reward, notes])} |".replace("  ", " ")
+
+
+def table(names="ForCausalLM|LMHeadModel"):
+    return re.findall(rf"^\| \w*(?:{names}) \|.*", PAGE_TEXT, re.MULTILINE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,8 +91,28 @@ def test_a_family_s_line(family):
     assert line(family) in table()
 
 
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_an_encoder_decoder_s_line(family):
+    assert seq2seq_line(family) in table(SEQ2SEQ)
+
+
 def test_each_line_is_tested():
     assert len(table()) == len(FAMILIES)
+    assert len(table(SEQ2SEQ)) == len({name for name, _ in ENCODER_DECODERS.values()})
+
+
+def test_the_snippet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_seq2seq("t5").save_pretrained("t5-directory")
+    [snippet] = re.findall(r"```python\n(.*?)```", PAGE_TEXT, re.DOTALL)
+    scope = {
+        "tokenizer": seq2seq_tokenizer(),
+        "reward": lambda completions: [float(len(text)) for text in completions],
+        "tasks": [{"prompt": text} for text in ("one", "two", "three", "four")],
+    }
+    exec(snippet, scope)
+    assert [mask[0].item() for mask in scope["masks"]] == [0] * 4
+    assert abs(scope["stats"]["ppo/policy/ratio"][0] - 1) < 1e-6
 
 
 def prompt_tuned():
@@ -77,9 +121,9 @@ def prompt_tuned():
 
 
 REFUSED = {
-    "an encoder-decoder": lambda: AutoModelForCausalLMWithValueHead(
-        t.T5ForConditionalGeneration(t.T5Config(d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2))
-    ),
+    "an encoder-decoder": lambda: AutoModelForCausalLMWithValueHead(make_seq2seq()),
+    "a decoder in an": lambda: AutoModelForSeq2SeqLMWithValueHead(make_family(*FAMILIES["llama"][:2])),
+    "a value model beside": lambda: critic_of(make_seq2seq(), make_seq2seq()),
     "a model without a language-model head": lambda: AutoModelForCausalLMWithValueHead(
         make_family(*FAMILIES["llama"][:2]).model
     ),

@@ -4,8 +4,8 @@
 
 Reads what apt has fetched on a Debian system, with `Acquire::Languages` "en". Kept are descriptions in plain
 sentences, of 12 to 50 words, with a summary of 3 to 10 that takes at least half of its words from them; then
-those that are almost wholly written in the 2,000 words that most of them share, so that a small model can learn
-to read them.
+those that are almost wholly written in the 2,000 words that most of them share, so that a small model can
+learn to read them.
 """
 
 from __future__ import annotations
