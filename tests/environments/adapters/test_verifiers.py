@@ -278,7 +278,7 @@ def test_what_does_not_fit_ends_the_exchange(game, make_inner):
     row = VerifiersEnvironment(game, make_inner({})).rows()[0]
     [cut] = play(VerifiersEnvironment(game, make_inner({"guess": ["1[eos]", "3[eos]"]}, max_length=9)), [row])
     assert (cut.stop, cut.text) == (StopReason.MAX_TOKENS, "guess1"), "the reply had no room"
-    assert {r.name: r.value for r in cut.rewards} == {"brief": 1.0, "won": 0.0, "said": 3.0}
+    assert {r.name: r.value for r in cut.rewards} == {"brief": 1.0, "won": 0.0, "said": 2.0}
 
 
 def test_what_does_not_fit_at_all_is_scored_as_it_stands(words, make_inner):
