@@ -96,3 +96,13 @@ def test_signatures_show_columns_only():
         "summary",
         "episodes",
     ]
+
+
+def test_of_a_conversation_the_last_turn_is_read():
+    asked = [{"role": "user", "content": "the house?"}]
+    said = [Segment("model", text, []) for text in ("let me see", "das Haus ist alt")]
+    talk = Episode(task={"prompt": asked, "target": "das Haus ist alt"}, segments=said)
+    silent = Episode(task={"prompt": asked, "target": "das Haus ist alt"}, segments=[])
+    text = Episode(task={"prompt": "the house?", "target": "das Haus ist alt"}, segments=said[1:])
+    found = scores(metric_reward("chrf"), talk, silent, text)
+    assert found == [1.0, 0.0, 1.0]

@@ -283,17 +283,15 @@ class TextEnvironment(Lockstep):
         if episode.stop is not None:
             return
         started = time.monotonic()
-        heard: list[str] = []
         if parsed.calls:
             replies = await self._answer(episode, parsed)
             _count(episode, "tools", started)
         else:
-            heard = await self._listen(episode)
-            encoded = [encode_plain(self.tokenizer, said) for said in heard]
-            replies = [Reply(text.text, text.ids) for text in encoded]
+            replies = await self._listen(episode)
             _count(episode, "user", started)
         if replies:
             ended_by = sampled.token_ids[-1] if sampled.finish == "eos" else None
+            heard = [reply.text for reply in replies if reply.call is None]
             self._append(episode, framing.frame(replies, ended_by), limit, heard)
         else:  # the user has nothing to add
             episode.stop = _last_word(sampled)
@@ -355,11 +353,14 @@ class TextEnvironment(Lockstep):
             replies.append(Reply(response, response_ids, asked))
         return replies
 
-    async def _listen(self, episode: Episode) -> list[str]:
-        """What the user says: a reply, or nothing more."""
+    async def _listen(self, episode: Episode) -> list[Reply]:
+        """Ask the user; nothing comes back if it says no more."""
         assert self.user is not None, "without a user, a turn that calls no tool ends the episode"
         reply = await ask(self.user, episode)
-        return [] if reply is None else [reply]
+        if reply is None:
+            return []
+        encoded = encode_plain(self.tokenizer, reply)
+        return [Reply(encoded.text, encoded.ids)]
 
     def _append(
         self, episode: Episode, answer: Sequence[Segment], limit: int, heard: Sequence[str] = ()

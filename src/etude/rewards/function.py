@@ -195,6 +195,13 @@ def completion_of(episode: Episode) -> str | list[dict[str, Any]]:
     return messages
 
 
+def answer_text(completion: str | Sequence[dict[str, Any]]) -> str:
+    """A completion, or the last message of one."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1]["content"]) if completion else ""
+
+
 def task_columns(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
     """All columns of the episodes' tasks but the prompt, as lists; None where a task lacks one."""
     names = dict.fromkeys(name for episode in episodes for name in episode.task if name != "prompt")

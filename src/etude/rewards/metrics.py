@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from etude.errors import ConfigError, RewardError
 from etude.rewards import METRICS
-from etude.rewards.function import FunctionReward
+from etude.rewards.function import FunctionReward, answer_text
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -60,11 +60,20 @@ def metric_reward(
 
 
 def metric(function: _Function) -> _Function:
-    """A function whose keyword-only parameters are settings, which no column of a task fills."""
+    """A function whose keyword-only parameters are settings, which no column of a task fills.
+
+    It reads texts; of a conversation the model's last turn.
+    """
     parameters = inspect.signature(function).parameters.values()
     columns = [each for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
-    function.__signature__ = inspect.Signature(columns)  # type: ignore[attr-defined]
-    return function
+
+    @functools.wraps(function)
+    def of_texts(completions: Sequence[Any], *others: Any, **named: Any) -> Any:
+        return function([answer_text(completion) for completion in completions], *others, **named)
+
+    of_texts.__kwdefaults__ = function.__kwdefaults__  # type: ignore[attr-defined]
+    of_texts.__signature__ = inspect.Signature(columns)  # type: ignore[attr-defined]
+    return cast(_Function, of_texts)
 
 
 def required(library: str) -> ModuleType:
