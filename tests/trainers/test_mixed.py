@@ -11,6 +11,7 @@ from etude.environments.mixed import MixedEnvironment
 from etude.errors import ConfigError
 from etude.runtime.run import RunDirectory
 from etude.tools.calculator import calculator
+from etude.trainers.group import Scores
 from etude.types import Episode, NamedReward, Segment, StopReason
 
 
@@ -153,6 +154,35 @@ def test_scores_are_scaled_by_their_environments_own_deviation(make_trainer):
         assert rewards.std() > 0
         torch.testing.assert_close(scales[own], rewards.std().expand(int(own.sum())))
         torch.testing.assert_close(scores[own], rewards / rewards.std())
+
+
+def test_rewards_that_an_environment_does_not_have_are_not_compared(make_llama, mixed, tmp_path):
+    """Each reward by itself: in a group of one environment those of the other don't apply."""
+    config = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_steps=1,
+        multi_objective_aggregation="normalize_then_sum",
+        eval_steps=0,
+        disable_progress=True,
+    )
+    trainer = GRPOTrainer(
+        make_llama(), config, environment=mixed(weights={"words": 1, "sums": 1}), train_dataset=TASKS
+    )
+    episodes, _ = trainer.collect(0)
+    trajectories = [trainer.trajectory(episode) for episode in episodes]
+    scores = Scores(
+        torch.tensor([t.score for t in trajectories]),
+        trainer.groups(16),
+        torch.ones(16, dtype=torch.bool),
+        trajectories,
+    )
+    advantages = trainer.credit(scores).view(2, 8)
+    assert advantages.isfinite().all()
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(*advantages.std(1), atol=0.02, rtol=0)
+    assert (advantages.std(1) > 0.5).all()
 
 
 def test_a_group_is_one_task_of_one_environment(make_llama, mixed, tmp_path):

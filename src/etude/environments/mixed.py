@@ -123,7 +123,9 @@ class MixedEnvironment:
 
     async def score(self, episodes: Sequence[Episode]) -> None:
         """Let each environment score its own episodes."""
-        own = by_environment(episodes, self.environments)
+        own: dict[str, list[Episode]] = {}
+        for episode in episodes:
+            own.setdefault(self.name_of(episode.task), []).append(episode)
         await gather_all([self.environments[name].score(those) for name, those in own.items()])
 
     def prompt_text(self, task: Mapping[str, Any]) -> str | None:
