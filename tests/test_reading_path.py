@@ -104,14 +104,13 @@ def called(make_llama, tokenizer, tmp_path_factory):
         if trainer.current_step == 0:
             iterate(run, display)
         else:
-            with calls:
+            with pytest.MonkeyPatch.context() as patch, calls:
+                patch.setattr(running, "THREADS", running.Threads())  # threads that start now are observed
                 iterate(run, display)
             played.extend(run.read_episodes(split="train")[-4:])
 
     trainer._iterate = observed
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "THREADS", running.Threads())  # threads that start now are observed
-        trainer.train()
+    trainer.train()
     assert [call.error for episode in played for call in episode.tool_calls] == [None] * 4
     assert sorted(episode.reward for episode in played) == [0.0, 0.0, 1.0, 1.0]
 
