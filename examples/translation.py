@@ -190,10 +190,10 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
         num_heads=8,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        decoder_start_token_id=tokenizer.pad_token_id,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    config.decoder_start_token_id = tokenizer.pad_token_id
     model = T5ForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         # By these alone a T5 tells places apart; begun as small as usual, they would take minutes to grow.
