@@ -181,6 +181,8 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
     tokenizer.save_pretrained(directory)
 
     set_seed(seed)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    tokens: Row = {"pad_token_id": pad, "eos_token_id": eos, "decoder_start_token_id": pad}
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=64,
@@ -190,9 +192,7 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
         num_heads=8,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        decoder_start_token_id=tokenizer.pad_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **tokens,
     )
     model = T5ForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
