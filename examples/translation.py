@@ -181,6 +181,8 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
     tokenizer.save_pretrained(directory)
 
     set_seed(seed)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    tokens: Row = {"pad_token_id": pad, "eos_token_id": eos, "decoder_start_token_id": pad}
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=64,
@@ -190,10 +192,8 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
         num_heads=8,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **tokens,
     )
-    config.decoder_start_token_id = tokenizer.pad_token_id
     model = T5ForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         # By these alone a T5 tells places apart; begun as small as usual, they would take minutes to grow.
