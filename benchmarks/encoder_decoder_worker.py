@@ -197,7 +197,7 @@ def make_start(task: str, family: str, directory: Path, seed: int) -> None:
     tokenizer = make_tokenizer(family, texts, VOCABULARY[task])
     set_seed(seed)
     model = make_model(family, tokenizer)
-    imitate(model, tokenizer, references, START[family], seed, max_steps=STEPS)
+    imitate(model, tokenizer, references, START[family], seed, directory / "run", max_steps=STEPS)
     model.save_pretrained(directory / "start")
     tokenizer.save_pretrained(directory / "start")
 
@@ -284,13 +284,14 @@ def imitate(
     references: Sequence[Row],
     rate: float,
     seed: int,
+    directory: Path,
     max_steps: int = 10**7,
     clock: Clock | None = None,
     seconds: float = 0.0,
 ) -> int:
     """SFT for so many steps, or until the time is up; how many steps."""
     config = SFTConfig(
-        output_dir=None,
+        output_dir=str(directory),
         max_steps=max_steps,
         per_device_train_batch_size=32,
         learning_rate=rate,
@@ -375,7 +376,14 @@ def play(settings: Json) -> Json:
         clock, references = Clock(settings["clock"]), read_rows(directory / "references.jsonl")
         random.Random(settings["seed"] + 1).shuffle(references)
         steps = imitate(
-            model, tokenizer, references, rate, settings["seed"], clock=clock, seconds=settings["seconds"]
+            model,
+            tokenizer,
+            references,
+            rate,
+            settings["seed"],
+            directory / "run",
+            clock=clock,
+            seconds=settings["seconds"],
         )
     return {"before": before, "after": measure(task, model, tokenizer, test), "steps": steps, "rate": rate}
 
