@@ -197,7 +197,7 @@ def make_start(task: str, family: str, directory: Path, seed: int) -> None:
     tokenizer = make_tokenizer(family, texts, VOCABULARY[task])
     set_seed(seed)
     model = make_model(family, tokenizer)
-    imitate(model, tokenizer, references, START[family], seed, directory / "run", max_steps=STEPS)
+    imitate(model, tokenizer, references, START[family], seed, directory / "imitation", max_steps=STEPS)
     model.save_pretrained(directory / "start")
     tokenizer.save_pretrained(directory / "start")
 
@@ -381,7 +381,7 @@ def play(settings: Json) -> Json:
             references,
             rate,
             settings["seed"],
-            directory / "run",
+            directory / "imitation",
             clock=clock,
             seconds=settings["seconds"],
         )
