@@ -123,7 +123,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side (3)")
-    parser.add_argument("--seconds", type=float, default=45.0, help="of either side in a run (45)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of either side in a run (30)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a busy machine")
     parser.add_argument("--json", type=Path, default=FOLDER / "encoder_decoders.json", metavar="FILE")
     given = parser.parse_args()
