@@ -54,6 +54,7 @@ def packages(rng: random.Random) -> dict[str, list[Row]]:
         while len(chosen) < size:
             source = sources.pop()
             chosen += [row for row in rows if row["source"] == source]
+        rng.shuffle(chosen)
         splits[split] = chosen[:size]
     left = set(sources)
     splits["train"] = [row for row in rows if row["source"] in left]
@@ -199,19 +200,17 @@ def show(directory: Path, seed: int, started: float) -> None:
     from etude.runtime.run import RunDirectory
 
     run = RunDirectory(directory)
-    before, after = (run.read_episodes(split=split) for split in ("before", "after"))
     print("\nHeld-out texts: the reference, what was sampled before practice, and after")
-    for old, new in list(zip(before, after, strict=True))[:8]:
+    for old, new in zip(
+        *(run.read_episodes(split=split, limit=6) for split in ("before", "after")), strict=True
+    ):
         print(f"  {old.task['document']}")
         print(f"      {old.task['summary']}  |  {old.completion}  |  {new.completion}")
+    measured = [row for row in run.read_metrics() if "validation/rouge1" in row]
     for name in ("rouge1", "rougeL"):
-        means = [mean_of(name, episodes) for episodes in (before, after)]
-        print(f"{name} before={means[0]:.2f} after={means[1]:.2f}", end=" ")
+        before, after = (row[f"validation/{name}"] for row in (measured[0], measured[-1]))
+        print(f"{name} before={before:.1f} after={after:.1f}", end=" ")
     print(f"seed={seed} seconds={time.monotonic() - started:.0f}")
-
-
-def mean_of(name: str, episodes: Sequence[Any]) -> float:
-    return sum(episode.reward_totals[name].value for episode in episodes) / len(episodes)
 
 
 if __name__ == "__main__":

@@ -256,14 +256,17 @@ def show(directory: Path, seed: int, started: float) -> None:
     from etude.runtime.run import RunDirectory
 
     run = RunDirectory(directory)
-    before, after = (run.read_episodes(split=split) for split in ("before", "after"))
     print("\nHeld-out texts: the reference, what was sampled before practice, and after")
-    for old, new in list(zip(before, after, strict=True))[:8]:
+    for old, new in zip(
+        *(run.read_episodes(split=split, limit=8) for split in ("before", "after")), strict=True
+    ):
         print(f"  {old.prompt}\n      {old.task['target']}  |  {old.completion}  |  {new.completion}")
+    measured = [row for row in run.read_metrics() if "validation/chrf" in row]
+    before, after = (row["validation/chrf"] for row in (measured[0], measured[-1]))
+    print(f"chrf before={before:.1f} after={after:.1f}", end=" ")
     summary, seconds = run.read_summary(), time.monotonic() - started
-    print(f"right before={summary['before']:.2f} after={summary['after']:.2f}", end=" ")
-    chrf = [100 * sum(episode.reward for episode in each) / len(each) for each in (before, after)]
-    print(f"chrf before={chrf[0]:.0f} after={chrf[1]:.0f} seed={seed} seconds={seconds:.0f}")
+    before, after = summary["before"], summary["after"]
+    print(f"right before={before:.2f} after={after:.2f} seed={seed} seconds={seconds:.0f}")
 
 
 if __name__ == "__main__":

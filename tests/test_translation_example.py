@@ -104,14 +104,15 @@ def test_the_whole_way(example, place, monkeypatch, capsys):
         f"--config=examples/translation.yaml --model_name_or_path={place}/sft --output_dir={place}",
         f"--train_dataset={place}/data/train.jsonl --eval_dataset={place}/data/validation.jsonl",
         f"--test_dataset={place}/data/test.jsonl --steps=24 --batch_size=12 --mini_batch_size=6",
+        "--eval_steps=1",
     ]
     assert etude(["ppo", *" ".join(arguments).split()]) == 0
     capsys.readouterr()
     example.show(place, seed=0, started=0.0)
     last = capsys.readouterr().out.splitlines()[-1]
-    number = r"\d+(\.\d\d)?"
+    number = r"\d+\.\d+"
     each = f"before={number} after={number}"
-    assert re.fullmatch(f"right {each} chrf {each} seed=0 seconds={number}", last)
+    assert re.fullmatch(rf"chrf {each} right {each} seed=0 seconds=\d+", last)
     run = RunDirectory(place)
     assert run.read_config()["environment"] == "translation"
     assert len(run.read_episodes(split="after")) == 10
