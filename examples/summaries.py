@@ -12,7 +12,7 @@ settings are in the two files beside this one:
     etude sft --config examples/summaries_sft.yaml      imitation
     etude ppo --config examples/summaries.yaml          practice; ROUGE says how near a summary comes
 
-Offline, under three minutes on two CPU cores. Packages made from one source are alike: they are all held out,
+Offline, in two to three minutes on a CPU. Packages made from one source are alike: they are all held out,
 or none is.
 """
 

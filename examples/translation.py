@@ -14,7 +14,7 @@ whose settings are in the two files beside this one:
     etude sft --config examples/translation_sft.yaml    imitation of references, 60 % of which have a slip
     etude ppo --config examples/translation.yaml        practice; chrF says how near a translation comes
 
-Offline, under two minutes on two CPU cores. Numbers, days and amounts that are held out are in no training
+Offline, in about two minutes on a CPU. Numbers, days and amounts that are held out are in no training
 data, in any language.
 """
 
