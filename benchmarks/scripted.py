@@ -265,8 +265,9 @@ def _compare(what: str, played: list[int], scripted: list[int]) -> None:
 def describe(model: torch.nn.Module, *packages: str) -> dict[str, Any]:
     """What a side says of itself: versions, threads, and log-probabilities of one text."""
     probe_1T = torch.tensor([PROBE], device=next(model.parameters()).device)
+    target = {"decoder_input_ids": probe_1T} if getattr(model.config, "is_encoder_decoder", False) else {}
     with torch.no_grad():
-        logits_TV = model(probe_1T).logits[0, :-1]
+        logits_TV = model(probe_1T, **target).logits[0, :-1]
     logprobs_T = logits_TV.float().log_softmax(-1).gather(-1, probe_1T[0, 1:, None])[:, 0]
     return {
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", *packages)},
