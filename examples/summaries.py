@@ -28,7 +28,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PACKAGES = Path(__file__).parent / "data/packages.jsonl.gz"
 SIZES = {"validation": 150, "test": 300}  # what is left is for training
@@ -99,22 +102,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def write_model(directory: Path, data: Path, seed: int) -> None:
     """A tokenizer of the words that come three times, and a BART with random weights."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import processors
     from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast, set_seed
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z0-9+#]+"), " ")]
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with (data / "train.jsonl").open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    texts = ["summarize", "summarize", "summarize", *(f"{row['document']} {row['summary']}" for row in rows)]
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = trainers.WordLevelTrainer(min_frequency=3, special_tokens=special, show_progress=False)
-    backend.train_from_iterator(texts, trainer)
+        backend = trained_on([json.loads(line) for line in lines])
     ends = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
     backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     tokenizer = PreTrainedTokenizerFast(
@@ -144,6 +138,22 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
     model.generation_config.forced_bos_token_id = tokenizer.bos_token_id  # as BARTs on the hub have it
     model.generation_config.forced_eos_token_id = None
     model.save_pretrained(directory)
+
+
+def trained_on(rows: Sequence[Row]) -> Tokenizer:
+    """Words, in small letters; those that come less than three times are unknown."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z0-9+#]+"), " ")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.WordLevelTrainer(min_frequency=3, special_tokens=special, show_progress=False)
+    texts = [f"summarize: {row['document']} {row['summary']}" for row in rows]
+    backend.train_from_iterator(texts, trainer)
+    return backend
 
 
 # The run.

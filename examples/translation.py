@@ -29,11 +29,14 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from babel.dates import format_date
 from babel.numbers import format_currency
 from num2words import num2words
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 LANGUAGES = {"English": "en", "German": "de", "French": "fr", "Spanish": "es", "Italian": "it"}
 CURRENCIES = ("EUR", "USD", "GBP")
@@ -157,24 +160,14 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def write_model(directory: Path, data: Path, seed: int) -> None:
     """A tokenizer that has learnt its pieces from the references, and a T5 with random weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import processors
     from torch.nn.init import normal_
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, set_seed
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
     with (data / "references.jsonl").open(encoding="utf-8") as lines:
-        texts = [text for line in lines for text in json.loads(line).values()]
-    special, alphabet = ["<pad>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
+        backend = trained_on([text for line in lines for text in json.loads(line).values()])
     end = ("</s>", backend.token_to_id("</s>"))
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
@@ -200,6 +193,25 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
         if "relative_attention_bias" in name:
             normal_(parameter, std=2.0)
     model.save_pretrained(directory)
+
+
+def trained_on(texts: Sequence[str]) -> Tokenizer:
+    """Pieces of bytes that often come together; digits by themselves."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
 
 
 # The run.
