@@ -246,9 +246,12 @@ class OnlineTrainer(ABC):
             report = self._report(run)
             if self.config.push_to_hub:
                 self.push_to_hub()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        self.end_training()
         return TrainSummary.of(run, self.current_step, seconds, report)
+
+    @abstractmethod
+    def end_training(self) -> None:
+        """Wait for the other processes, finish the trackers and leave the group: a script's last call."""
 
     @abstractmethod
     def save_model(self, output_dir: str | Path | None = None) -> None:

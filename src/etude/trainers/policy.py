@@ -332,6 +332,16 @@ class PolicyTrainer(OnlineTrainer):
 
     # The model's ways out.
 
+    def end_training(self) -> None:
+        """Wait for the other processes, finish the trackers and leave the group: a script's last call.
+
+        `train` makes it; a loop of one's own around `step` does so itself.
+        """
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.num_processes > 1:
+            self.learner.unwrap()
+        self.accelerator.end_training()
+
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write model, tokenizer and a model card to `output_dir` (the config's by default)."""
         directory = output_dir if output_dir is not None else self.config.output_dir
