@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from examples.calculator import etude, exact_answer, write_data, write_model, write_rows
+from examples.calculator import exact_answer, write_data, write_model, write_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -31,6 +31,7 @@ from etude import (
     RLOOTrainer,
     TextEnvironment,
 )
+from etude.app.cli import run_command
 from etude.data.batch import Trajectory
 from etude.tools.calculator import calculator
 from etude.trainers.policy import PolicyTrainer
@@ -53,7 +54,7 @@ def start_calculator(folder: Path, seed: int) -> None:
     """The example's: a model that has seen somebody guess, and sometimes calculate."""
     write_data(folder / "data", seed)
     write_model(folder / "untrained", seed)
-    etude(
+    run_command(
         "sft",
         config=EXAMPLES / "calculator_sft.yaml",
         model_name_or_path=folder / "untrained",
@@ -73,7 +74,7 @@ def start_reviews(folder: Path, seed: int) -> None:
     tokenizer = reviews.make_tokenizer()
     tokenizer.save_pretrained(folder / "untrained")
     reviews.make_model(tokenizer, seed).save_pretrained(folder / "untrained")
-    etude(
+    run_command(
         "sft",
         model_name_or_path=folder / "untrained",
         train_dataset=folder / "data/reviews.jsonl",

@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import torch
-from examples.calculator import etude, exact_answer
+from examples.calculator import exact_answer
 from safetensors.torch import load_file
 from torch.optim import AdamW
 from transformers import (
@@ -36,6 +36,7 @@ from benchmarks.robustness_tasks import (
 )
 from etude import SFTConfig, SFTTrainer, TextEnvironment
 from etude import evaluate as evaluate_model
+from etude.app.cli import run_command
 from etude.evaluation.evaluate import Evaluation
 from etude.tools.calculator import calculator
 
@@ -51,7 +52,7 @@ def make_start(request: dict[str, Any]) -> dict[str, Any]:
     """A model that has seen somebody guess, and sometimes calculate, as the example's has."""
     folder = Path(request["folder"])
     write_start(folder, request["seed"])
-    etude(
+    run_command(
         "sft",
         config=EXAMPLES / "calculator_sft.yaml",
         model_name_or_path=folder / "untrained",

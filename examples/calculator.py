@@ -17,11 +17,12 @@ import os
 import random
 import re
 import string
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from etude.app.cli import run_command
 
 DIGITS = "0123456789"
 SIZES = {"train": 20_000, "validation": 300, "test": 500}
@@ -151,7 +152,7 @@ def main() -> None:
     write_data(directory / "data", arguments.seed)
     write_model(directory / "model", arguments.seed)
 
-    etude(
+    run_command(
         "sft",
         config=here / "calculator_sft.yaml",
         model_name_or_path=directory / "model",
@@ -159,7 +160,7 @@ def main() -> None:
         output_dir=directory / "sft",
         seed=arguments.seed,
     )
-    etude(
+    run_command(
         "ppo",
         config=here / "calculator.yaml",
         model_name_or_path=directory / "sft",
@@ -171,17 +172,6 @@ def main() -> None:
         seed=arguments.seed,
     )
     show(directory, arguments.seed, started)
-
-
-def etude(command: str, **options: object) -> None:
-    """What `etude …` does in a shell."""
-    from etude.app.cli import main as run
-
-    words = [command, *(f"--{name}={value}" for name, value in options.items())]
-    print("\n$ etude", *words, flush=True)
-    code = run(words)
-    if code:
-        sys.exit(code)
 
 
 def show(directory: Path, seed: int, started: float) -> None:

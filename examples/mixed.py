@@ -22,8 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from calculator import demonstration, etude, slip, tasks, write_rows
+from calculator import demonstration, slip, tasks, write_rows
 from num2words import num2words
+
+from etude.app.cli import run_command
 
 LANGUAGES = {"English": "en", "German": "de", "French": "fr", "Spanish": "es"}
 PACKAGES = Path(__file__).parent / "data/packages.jsonl.gz"  # packages.py beside it says where they are from
@@ -167,7 +169,7 @@ def main() -> None:
     write_data(directory / "data", arguments.seed)
     write_model(directory / "model", directory / "data", arguments.seed)
 
-    etude(
+    run_command(
         "sft",
         config=here / "mixed_sft.yaml",
         model_name_or_path=directory / "model",
@@ -175,7 +177,7 @@ def main() -> None:
         output_dir=directory / "sft",
         seed=arguments.seed,
     )
-    etude(
+    run_command(
         "ppo",
         config=here / "mixed.yaml",
         model_name_or_path=directory / "sft",

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from etude import GroupConfig, GroupTrainer, Minibatch, Scores, TextEnvironment
+from etude.app.cli import run_command
 from etude.errors import ConfigError
 from etude.math.group import group_advantages
 from etude.math.losses import aggregate
@@ -91,14 +92,14 @@ class SAPOTrainer(GroupTrainer):
 
 
 def train(directory: Path, warm_up: int = 400, max_steps: int = 80) -> None:
-    from calculator import etude, exact_answer, write_data, write_model
+    from calculator import exact_answer, write_data, write_model
 
     data, model, warm = directory / "data", directory / "model", directory / "sft"
     write_data(data, seed=0)
     write_model(model, seed=0)
     recipe = {"config": Path(__file__).with_name("calculator_sft.yaml"), "max_steps": warm_up}
     recipe |= {"per_device_train_batch_size": 32, "learning_rate": 3e-3, "output_dir": warm}
-    etude("sft", model_name_or_path=model, train_dataset=data / "demonstrations.jsonl", **recipe)
+    run_command("sft", model_name_or_path=model, train_dataset=data / "demonstrations.jsonl", **recipe)
 
     tokenizer, sampling = AutoTokenizer.from_pretrained(warm), {"max_new_tokens": 24}
     env = TextEnvironment(None, tokenizer, [calculator], rewards=exact_answer, generation_kwargs=sampling)

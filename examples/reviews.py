@@ -20,12 +20,12 @@ import json
 import math
 import random
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from etude import reward
+from etude.app.cli import run_command
 
 ASPECTS = "acting plot ending music script cast story dialogue pacing humour camera lighting editing costumes"
 VERBS = "was felt seemed looked remained sounded"
@@ -203,7 +203,7 @@ def main() -> None:
     print(f"making a tokenizer, a model, reviews and preferences in {directory}", flush=True)
     write_data(directory / "data", arguments.seed)
     write_model(directory / "model", arguments.seed)
-    etude(
+    run_command(
         "sft",
         config=here / "reviews_sft.yaml",
         model_name_or_path=directory / "model",
@@ -211,7 +211,7 @@ def main() -> None:
         output_dir=directory / "sft",
         seed=arguments.seed,
     )
-    etude(
+    run_command(
         "reward",
         config=here / "reviews_reward.yaml",
         model_name_or_path=directory / "sft",
@@ -220,7 +220,7 @@ def main() -> None:
         output_dir=directory / "reward_model",
         seed=arguments.seed,
     )
-    etude(
+    run_command(
         "ppo",
         config=here / "reviews_ppo.yaml",
         model_name_or_path=directory / "sft",
@@ -232,17 +232,6 @@ def main() -> None:
         seed=arguments.seed,
     )
     show(directory, arguments.seed, started)
-
-
-def etude(command: str, **options: object) -> None:
-    """What `etude …` does in a shell."""
-    from etude.app.cli import main as run
-
-    words = [command, *(f"--{name}={value}" for name, value in options.items())]
-    print("\n$ etude", *words, flush=True)
-    code = run(words)
-    if code:
-        sys.exit(code)
 
 
 def show(directory: Path, seed: int, started: float) -> None:

@@ -24,11 +24,12 @@ import json
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from etude.app.cli import run_command
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -172,7 +173,7 @@ def main() -> None:
     write_data(directory / "data", arguments.seed)
     write_model(directory / "model", directory / "data", arguments.seed)
 
-    etude(
+    run_command(
         "sft",
         config=here / "summaries_sft.yaml",
         model_name_or_path=directory / "model",
@@ -180,7 +181,7 @@ def main() -> None:
         output_dir=directory / "sft",
         seed=arguments.seed,
     )
-    etude(
+    run_command(
         "ppo",
         config=here / "summaries.yaml",
         model_name_or_path=directory / "sft",
@@ -192,17 +193,6 @@ def main() -> None:
         seed=arguments.seed,
     )
     show(directory, arguments.seed, started)
-
-
-def etude(command: str, **options: object) -> None:
-    """What `etude …` does in a shell."""
-    from etude.app.cli import main as run
-
-    words = [command, *(f"--{name}={value}" for name, value in options.items())]
-    print("\n$ etude", *words, flush=True)
-    code = run(words)
-    if code:
-        sys.exit(code)
 
 
 def show(directory: Path, seed: int, started: float) -> None:

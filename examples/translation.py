@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
@@ -34,6 +33,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from babel.dates import format_date
 from babel.numbers import format_currency
 from num2words import num2words
+
+from etude.app.cli import run_command
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -230,7 +231,7 @@ def main() -> None:
     write_data(directory / "data", arguments.seed)
     write_model(directory / "model", directory / "data", arguments.seed)
 
-    etude(
+    run_command(
         "sft",
         config=here / "translation_sft.yaml",
         model_name_or_path=directory / "model",
@@ -238,7 +239,7 @@ def main() -> None:
         output_dir=directory / "sft",
         seed=arguments.seed,
     )
-    etude(
+    run_command(
         "ppo",
         config=here / "translation.yaml",
         model_name_or_path=directory / "sft",
@@ -250,17 +251,6 @@ def main() -> None:
         seed=arguments.seed,
     )
     show(directory, arguments.seed, started)
-
-
-def etude(command: str, **options: object) -> None:
-    """What `etude …` does in a shell."""
-    from etude.app.cli import main as run
-
-    words = [command, *(f"--{name}={value}" for name, value in options.items())]
-    print("\n$ etude", *words, flush=True)
-    code = run(words)
-    if code:
-        sys.exit(code)
 
 
 def show(directory: Path, seed: int, started: float) -> None:

@@ -6,7 +6,7 @@ of each field is what it shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,11 @@ from etude.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
+
+
+def default_of(setting: Field[Any]) -> Any:
+    """What a field is where nobody says; `MISSING` for one that must be given."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 @dataclass

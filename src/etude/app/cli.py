@@ -41,6 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run_command(command: str, **options: object) -> None:
+    """A command from a script, printed as one would type it; where it fails, the script ends with its code.
+
+    Args:
+        options: as `--name=value`.
+    """
+    words = [command, *(f"--{name}={value}" for name, value in options.items())]
+    print("\n$ etude", *words, flush=True)
+    if code := main(words):
+        sys.exit(code)
+
+
 def _run(arguments: list[str]) -> None:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from etude.app.arguments import ENVIRONMENTS, EnvironmentArguments, FixedModelArguments
+from etude.app.arguments import ENVIRONMENTS, EnvironmentArguments, FixedModelArguments, default_of
 from etude.app.mixed_arguments import PlayArguments
 from etude.app.references import load_object
 from etude.environments.mixed import MixedEnvironment
@@ -125,10 +125,7 @@ _OPTIONS = {
     "tool_timeout": "tool_timeout",
     "generation_kwargs": "generation",
 }
-_DEFAULTS = {
-    setting.name: setting.default if setting.default_factory is MISSING else setting.default_factory()
-    for setting in fields(EnvironmentArguments)
-}
+_DEFAULTS = {setting.name: default_of(setting) for setting in fields(EnvironmentArguments)}
 
 
 def parameters_of(kind: Callable[..., Any]) -> set[str] | None:

@@ -11,11 +11,11 @@ one's that doesn't say otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from etude.app.arguments import EnvironmentArguments, TaskArguments
+from etude.app.arguments import EnvironmentArguments, TaskArguments, default_of
 from etude.errors import ConfigError
 
 _PARTS = ("train", "eval", "test")
@@ -66,7 +66,7 @@ class PlayArguments(EnvironmentArguments):
             ConfigError: what one of them is told is unknown, of the wrong type, or contradicts the rest.
         """
         every = {setting: getattr(self, setting.name) for setting in fields(EnvironmentArguments)}
-        shared = {setting.name: value for setting, value in every.items() if value != _default(setting)}
+        shared = {setting.name: value for setting, value in every.items() if value != default_of(setting)}
         return {name: _part(name, given, shared) for name, given in self.environments.items()}
 
     def check_beside(self, tasks: TaskArguments) -> None:
@@ -116,7 +116,3 @@ def _part(name: str, given: Any, shared: Mapping[str, Any]) -> MixedPart:
         )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def _default(setting: Field[Any]) -> Any:
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()

@@ -23,6 +23,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from etude.app.arguments import default_of
 from etude.app.references import load_object
 
 TABLE = Path(__file__).with_name("options.json")
@@ -216,7 +217,7 @@ def _options_of(cls: type, title: str) -> Iterator[Option]:
         written = _written(hints[field.name])
         if field.name in _UNUSED or field.metadata.get("hidden") or written in ("", "None"):
             continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
+        default = default_of(field)
         required = default is MISSING
         if required:
             default = None

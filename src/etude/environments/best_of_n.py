@@ -7,7 +7,8 @@ from typing import Any
 
 from etude.data.selection import best_first
 from etude.environments.orchestrator import play_episodes
-from etude.environments.text import TextEnvironment, task_rows
+from etude.environments.running import task_rows
+from etude.environments.text import TextEnvironment
 from etude.environments.traits import sampler_of, seeds_of
 from etude.errors import ConfigError
 from etude.math.kl import best_of_n_kl

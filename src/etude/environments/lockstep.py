@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,13 +36,11 @@ class Lockstep(ABC):
     rewards: list[Reward]
     user: User | None
     max_length: int | None
+    next_seed: Callable[[], int]
 
     @property
     @abstractmethod
     def sampler(self) -> Sampler: ...
-
-    @abstractmethod
-    def next_seed(self) -> int: ...
 
     @abstractmethod
     def _turn_tokens(self, seed: int) -> int: ...

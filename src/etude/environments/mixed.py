@@ -17,15 +17,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from etude.environments.history import TextHistory, as_responses
-from etude.environments.orchestrator import gather_all, play_episodes
-from etude.environments.text import task_rows
+from etude.environments.orchestrator import gather_all
+from etude.environments.running import Runs, Seeds
 from etude.environments.traits import (
-    Seeds,
     check_environment,
     max_length_of,
     parts_of,
@@ -34,7 +31,6 @@ from etude.environments.traits import (
 )
 from etude.errors import ConfigError, DataError, EnvironmentSetupError
 from etude.protocols import Environment, Sampler
-from etude.runtime.loop import run_sync
 from etude.sampling.local import LocalSampler
 from etude.types import Episode
 
@@ -43,7 +39,7 @@ SuccessReward = float | Mapping[str, float]  # that makes an episode a success: 
 _TAKEN = ("rewards", "stop", "time", "validation", "sampler", "ppo", "objective", "env")  # names of metrics
 
 
-class MixedEnvironment:
+class MixedEnvironment(Runs):
     """Plays each task in the environment that its column `environment` names.
 
     Args:
@@ -132,18 +128,6 @@ class MixedEnvironment:
         """What the task's environment begins with; None where that isn't known before it plays."""
         return prompt_of(self.environments[self.name_of(task)], task)
 
-    def run(
-        self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[TextHistory]]:
-        """Play all tasks and score them; arguments and results are those of `TextEnvironment.run`."""
-        return as_responses(run_sync(self.run_episodes(tasks, **columns)), self.current_device)
-
-    async def run_episodes(self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any) -> list[Episode]:
-        """`run`, for callers that want episodes and have an event loop."""
-        rows = task_rows(tasks, columns)
-        seeds = [self.next_seed() for _ in rows]
-        return await play_episodes(self, rows, self.sampler, seeds)
-
     @property
     def model(self) -> nn.Module | None:
         """What plays in the environments, if they have a model.
@@ -177,11 +161,6 @@ class MixedEnvironment:
                 cache_bytes=self.cache_bytes,
             )
         return self._sampler
-
-    @property
-    def current_device(self) -> torch.device:
-        """Where the token tensors that `run` returns live."""
-        return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
 
 
 def by_environment(episodes: Sequence[Episode], environments: Collection[str]) -> dict[str, list[Episode]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from etude.data.selection import Selection, best_first
 from etude.environments.orchestrator import gather_all, play_episodes
-from etude.environments.text import task_rows
+from etude.environments.running import task_rows
 from etude.environments.traits import prompt_of, sampler_of, slots_of, tokenizer_of
 from etude.errors import CheckpointError, ConfigError, DataError
 from etude.math.counters import mix

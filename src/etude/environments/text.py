@@ -15,24 +15,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from etude.data.encoding import decode, encode_plain
 from etude.data.messages import Messages
 from etude.data.source_target import encode_source
-from etude.environments.history import TextHistory, as_responses
 from etude.environments.lockstep import Lockstep
-from etude.environments.orchestrator import play_episodes
+from etude.environments.running import Runs, Seeds
 from etude.environments.tags import Framing, ParsedTurn, Reply, TagProtocol, ToolProtocol
 from etude.environments.user import User, as_user, ask, leave
 from etude.errors import DataError, EnvironmentSetupError, SamplerError
-from etude.math.counters import mix, word_of
+from etude.math.counters import word_of
 from etude.protocols import Reward, Sampler, Session, Tool
 from etude.rewards.function import SegmentReward, as_reward
 from etude.rewards.mixture import score_episodes
-from etude.runtime.loop import run_sync
 from etude.sampling.lengths import LengthRange, Lengths
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import decoder_start, sampling_params
@@ -54,7 +51,7 @@ _INSTEAD = {
 }
 
 
-class TextEnvironment(Lockstep):
+class TextEnvironment(Runs, Lockstep):
     """Lets a language model call tools over several turns to solve a task, and scores what it did.
 
     The first nine arguments are those of TRL 0.7.4.
@@ -129,7 +126,7 @@ class TextEnvironment(Lockstep):
             )
         if max_turns < 1:
             raise EnvironmentSetupError(f"max_turns is {max_turns}; an episode has at least 1 model turn")
-        self.model = model
+        self._model = model
         self.tokenizer = tokenizer
         self.tools: dict[str, Tool] = tools_by_name(tools)
         self.reward_fn = reward_fn
@@ -156,9 +153,9 @@ class TextEnvironment(Lockstep):
         self.lengths = self._checked(length_sampler)
         self.slots = slots
         self.cache_bytes = cache_bytes
-        self.seed = torch.initial_seed() if seed is None else seed
+        self.next_seed = Seeds(seed)
+        self.seed = self.next_seed.seed
         self._sampler = sampler
-        self._episodes_played = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -199,32 +196,6 @@ class TextEnvironment(Lockstep):
         return self.protocol.begin(self.tokenizer, self.build_prompt(task)).prompt.text
 
     # Playing.
-
-    def run(
-        self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[TextHistory]]:
-        """Play all tasks and score them.
-
-        Args:
-            tasks: prompts, or rows that have one.
-            columns: what the rewards need, such as `answers`: one value per task, or one for all.
-
-        Returns:
-            queries [q], responses [r], masks of the responses [r] (1 where the model sampled), rewards
-            (scalars) and histories, each a list with one entry per task.
-        """
-        return as_responses(run_sync(self.run_episodes(tasks, **columns)), self.current_device)
-
-    async def run_episodes(self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any) -> list[Episode]:
-        """`run`, for callers that want episodes and have an event loop."""
-        rows = task_rows(tasks, columns)
-        seeds = [self.next_seed() for _ in rows]
-        return await play_episodes(self, rows, self.sampler, seeds)
-
-    def next_seed(self) -> int:
-        """The seed of the next episode's own random stream."""
-        self._episodes_played += 1
-        return mix(self.seed, self._episodes_played)
 
     async def play(self, task: Mapping[str, Any], sampler: Sampler, *, seed: int) -> Episode:
         """Play one episode. What the model gets wrong is data; so is a failure on our side."""
@@ -377,6 +348,10 @@ class TextEnvironment(Lockstep):
             episode.stop = StopReason.DONE
 
     @property
+    def model(self) -> nn.Module | None:
+        return self._model
+
+    @property
     def sampler(self) -> Sampler:
         """The sampler in use; a local one over `model` is made when it is first needed."""
         if self._sampler is None:
@@ -391,11 +366,6 @@ class TextEnvironment(Lockstep):
             )
         return self._sampler
 
-    @property
-    def current_device(self) -> torch.device:
-        """Where the token tensors that `run` returns live."""
-        return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
-
 
 def _ends(tokenizer: PreTrainedTokenizerBase, protocol: ToolProtocol) -> list[int]:
     """The tokens that end a turn where the caller doesn't say."""
@@ -409,17 +379,3 @@ def _last_word(sampled: Sampled) -> StopReason:
 
 def _count(episode: Episode, name: str, started: float) -> None:
     episode.timings[name] = episode.timings.get(name, 0.0) + time.monotonic() - started
-
-
-def task_rows(tasks: Sequence[str | Mapping[str, Any]], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Task rows with the columns that came beside them: one value per task, or one for all."""
-    rows = [{"prompt": task} if isinstance(task, str) else dict(task) for task in tasks]
-    if not rows:
-        raise DataError("no tasks to run; pass at least one")
-    for name, values in columns.items():
-        per_task = hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping)
-        if per_task and len(values) != len(rows):
-            raise DataError(f"column {name!r} has {len(values)} values for {len(rows)} tasks")
-        for i, row in enumerate(rows):
-            row[name] = values[i] if per_task else values
-    return rows

@@ -19,12 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from etude.environments.running import Seeds
 from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError
-from etude.math.counters import mix
 from etude.protocols import Environment, Sampler
 from etude.sampling.params import decoder_start
 from etude.types import Episode
@@ -138,22 +137,6 @@ def sampler_of(environment: Environment, given: Sampler | None = None) -> Sample
 def slots_of(environment: Environment) -> int:
     """How many episodes its sampler plays at once."""
     return getattr(environment, "slots", 32)
-
-
-class Seeds:
-    """Seeds of one episode after another.
-
-    Args:
-        seed: of all of them; `set_seed` decides it by default.
-    """
-
-    def __init__(self, seed: int | None = None) -> None:
-        self.seed = torch.initial_seed() if seed is None else seed
-        self._given = 0
-
-    def __call__(self) -> int:
-        self._given += 1
-        return mix(self.seed, self._given)
 
 
 def seeds_of(environment: Environment) -> Callable[[], int]:

@@ -128,7 +128,7 @@ class ModelWithValueHead(nn.Module, ABC):
         Raises:
             ModelError: the model can't be found or can't carry a head, or an option is unknown.
         """
-        head_options = {
+        head_options: dict[str, Any] = {
             "summary_dropout_prob": summary_dropout_prob,
             "v_head_initializer_range": v_head_initializer_range,
             "v_head_init_strategy": v_head_init_strategy,
@@ -142,13 +142,13 @@ class ModelWithValueHead(nn.Module, ABC):
                     "model is loaded, or pass a directory or hub id here"
                 )
             trunk = source if peft_config is None else add_adapter(source, peft_config)
-            model = cls(trunk, **head_options)  # type: ignore[arg-type]
+            model = cls(trunk, **head_options)
         elif isinstance(source, (str, os.PathLike)):
             options = _with_dtype(options)
             if holds_encoder_decoder(source, **options) != cls.is_encoder_decoder:
                 raise ModelError(f"{os.fspath(source)!r} {cls.other_kind}")
             trunk = load_language_model(source, peft_config=peft_config, is_trainable=is_trainable, **options)
-            model = cls(trunk, **head_options)  # type: ignore[arg-type]
+            model = cls(trunk, **head_options)
             name = locate(source, "a model")
             place = {key: options[key] for key in HUB_OPTIONS if key in options}
             with explained("the value head", name):

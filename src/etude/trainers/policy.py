@@ -125,25 +125,42 @@ class PolicyTrainer(OnlineTrainer):
             enable_gradient_checkpointing(model)
             if value_model is not None:
                 enable_gradient_checkpointing(value_model.model)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = self._optimizer(optimizer)
+        self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
+        self.learner = self._learner(optimizer, epochs, kl_kind, uses_reference)
+        self.optimizer = self.learner.optimizer
+        if config.report_to:
+            self.accelerator.init_trackers(
+                config.tracker_project_name,
+                flat_settings(config.to_dict()),
+                init_kwargs=config.tracker_kwargs,
+            )
+
+    def _optimizer(self, given: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not trainable:
             raise ModelError("no parameter of the model requires a gradient; load it with is_trainable=True")
-        check_precision(trainable, optimizer)
+        check_precision(trainable, given)
         fused = self.accelerator.device.type == "cuda"
-        optimizer = optimizer or torch.optim.Adam(trainable, lr=config.learning_rate, fused=fused or None)
-        self.lr_scheduler = lr_scheduler or self._default_scheduler(optimizer)
-        forward = PolicyForward(model, value_model=value_model)
+        return given or torch.optim.Adam(trainable, lr=self.config.learning_rate, fused=fused or None)
+
+    def _learner(
+        self, optimizer: torch.optim.Optimizer, epochs: int, kl_kind: KLKind | str, uses_reference: bool
+    ) -> Learner:
+        """What updates the policy, with models and optimizer prepared for devices and processes."""
+        config = self.config
+        forward = PolicyForward(self.model, value_model=self.value_model)
         if config.compile:
             forward.compile_parts()
-        policy, self.optimizer = self.accelerator.prepare(forward, optimizer)
+        policy, prepared = self.accelerator.prepare(forward, optimizer)
         reference = None
         if self.ref_model is not None:
             reference = self.accelerator.prepare_model(PolicyForward(self.ref_model), evaluation_mode=True)
-        self.learner = Learner(
+        return Learner(
             self.accelerator,
             policy,
             reference,
-            self.optimizer,
+            prepared,
             mini_batch_size=config.mini_batch_size,
             accumulation=config.gradient_accumulation_steps,
             epochs=epochs,
@@ -154,12 +171,6 @@ class PolicyTrainer(OnlineTrainer):
             max_tokens_per_pass=config.max_tokens_per_pass,
             entropy_gradient=config.entropy_coef != 0,
         )
-        if config.report_to:
-            self.accelerator.init_trackers(
-                config.tracker_project_name,
-                flat_settings(config.to_dict()),
-                init_kwargs=config.tracker_kwargs,
-            )
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -18,16 +18,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
 from etude.environments.adapters.binding import Binder
 from etude.environments.adapters.calls import ForeignCalls
-from etude.environments.history import TextHistory, as_responses
-from etude.environments.orchestrator import play_episodes
-from etude.environments.text import TextEnvironment, task_rows
+from etude.environments.running import Runs
+from etude.environments.text import TextEnvironment
 from etude.errors import ConfigError, DataError, EnvironmentSetupError, InstanceError, SamplerError
 from etude.protocols import Sampler, Session, Tool
-from etude.runtime.loop import run_sync
 from etude.types import Episode, Sampled, SamplingParams, StopReason
 
 logger = logging.getLogger(__name__)
@@ -51,8 +49,8 @@ class Instance(ABC):
         """Begin the episode; the task as it is to be played, see `extend_prompt`."""
 
     async def reply(self, episode: Episode) -> str | None:
-        """The answer to a turn that called no tool; None ends the episode."""
-        raise NotImplementedError
+        """The answer to a turn that called no tool; None ends the episode. Asked if it `speaks`."""
+        return None
 
     def is_done(self, episode: Episode) -> bool:
         """Asked after each turn and each tool's answer, and may write down what came of it."""
@@ -67,7 +65,7 @@ class Instance(ABC):
         """Give up what it holds; also where it couldn't be opened."""
 
 
-class InstanceEnvironment(ABC):
+class InstanceEnvironment(Runs):
     """Plays each episode in an object of its own.
 
     Args:
@@ -106,17 +104,6 @@ class InstanceEnvironment(ABC):
         self.slots, self.next_seed = inner.slots, inner.next_seed
         self._binder = Binder(inner, name)
         self._gates: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-
-    def run(
-        self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[TextHistory]]:
-        """Play all tasks and score them; arguments and results are those of `TextEnvironment.run`."""
-        return as_responses(run_sync(self.run_episodes(tasks, **columns)), self.inner.current_device)
-
-    async def run_episodes(self, tasks: Sequence[str | Mapping[str, Any]], **columns: Any) -> list[Episode]:
-        """`run`, for callers that want episodes and have an event loop."""
-        rows = task_rows(tasks, columns)
-        return await play_episodes(self, rows, self.sampler, [self.next_seed() for _ in rows])
 
     @property
     def model(self) -> nn.Module | None:
