@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from etude import __version__
-from etude.app.cli import build_arguments, main
+from etude.app.cli import build_arguments, main, run_command
 from etude.app.options import COMMANDS, read_options
 from etude.errors import ConfigError
 from etude.trainers.ppo_config import PPOConfig
@@ -85,6 +85,15 @@ def test_it_is_a_module_and_a_script() -> None:
         check=True,
     )
     assert module.stdout == script.stdout == f"etude {__version__}\n"
+
+
+def test_a_command_from_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command("ppo", learnin_rate=1e-4)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2
+    assert captured.out == "\n$ etude ppo --learnin_rate=0.0001\n", "what one would type"
+    assert "did you mean --learning_rate?" in captured.err
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -234,6 +234,26 @@ def test_sessions_close_up_when_slots_become_free(llama, tokenizer):
         assert result.token_ids == expected.token_ids
 
 
+def test_those_that_wait_go_by_length_and_latecomers_after_them(llama, tokenizer):
+    """Rows of a step are padded to the longest of them. Nobody is overtaken by who comes while he waits."""
+    sampler = LocalSampler(llama, tokenizer, slots=1)
+    ended = []
+
+    async def one(length):
+        session = sampler.session(seed=length)
+        await session.sample([1] * length, SamplingParams(max_new_tokens=2))
+        ended.append(length)
+        session.close()
+        if length == 3:
+            await asyncio.gather(one(2), one(1))
+
+    async def play():
+        await asyncio.gather(*map(one, [9, 3, 6, 12]))
+
+    run_sync(play())
+    assert ended == [3, 6, 9, 12, 1, 2]
+
+
 def test_more_sessions_than_slots_all_waiting_for_tools(llama, tokenizer):
     """Idle sessions hold every slot: one is evicted and rebuilt, nobody waits for ever."""
     sampler = LocalSampler(llama, tokenizer, slots=2)

@@ -41,6 +41,7 @@ class Schedule:
         """Waiting turns become running ones: those whose session kept its slot, others while slots last."""
         if self.slots.restart():
             backend.resize(self.slots.count, self.slots.length, kept=[])
+        self._line_up()
         still_waiting: deque[Turn] = deque()
         for turn in self.waiting:
             if turn.session.slot is None and not self.slots.take(turn.session, step, idle=not self.running):
@@ -50,6 +51,17 @@ class Schedule:
         self.waiting = still_waiting
         if not self.waiting and backend.closes_up:
             self._close_up(backend)
+
+    def _line_up(self) -> None:
+        """Those that wait go in the order of their lengths: a step's rows are padded to the longest of them.
+
+        Who comes later waits until all of these have gone, so that nobody waits for ever.
+        """
+        if any(turn.in_line for turn in self.waiting):
+            return
+        self.waiting = deque(sorted(self.waiting, key=lambda turn: turn.read))
+        for turn in self.waiting:
+            turn.in_line = True
 
     def _close_up(self, backend: Backend) -> None:
         """Nobody waits for the slots that became free: fill them from above, so that steps read no holes."""

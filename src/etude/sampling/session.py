@@ -105,6 +105,7 @@ class Turn:
     version: int = -1  # of the weights at the first sampled token
     forced: int = 0  # the tokens that the turn began with
     coming: int | None = None  # the row of the latest draw that its next token is in, not known yet
+    in_line: bool = False  # has its place among those that wait
     over: bool = False  # finished, failed or given up: what is still drawn for it is thrown away
     plain: bool = field(init=False)  # drawn from the whole distribution: nothing edits or cuts it
     _row: Row = field(init=False)
@@ -119,6 +120,11 @@ class Turn:
     def ahead(self) -> int:
         """Tokens that were drawn and aren't known yet: 0 or 1."""
         return 0 if self.coming is None else 1
+
+    @property
+    def read(self) -> int:
+        """Tokens that attention goes over before its first: an encoder's, or the session's own."""
+        return len(self.session.source_ids) or len(self.session.token_ids)
 
     @property
     def ends_by_length(self) -> bool:
