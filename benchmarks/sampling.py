@@ -153,8 +153,6 @@ def make_encoder_decoder(family: str) -> Path:
     if not (path / "config.json").is_file():
         torch.manual_seed(0)
         model = {"t5": _t5, "bart": _bart}[family]()
-        generation: Any = model.generation_config
-        generation.eos_token_id = generation.forced_eos_token_id = None  # lengths are the workload's
         model.save_pretrained(path)
         AutoTokenizer.from_pretrained(make_checkpoint()).save_pretrained(path)
     return path

@@ -188,6 +188,8 @@ def start(checkpoint: str, way: str, device: str) -> tuple[dict[str, Any], Answe
     config = AutoConfig.from_pretrained(checkpoint)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+    generation: Any = model.generation_config
+    generation.eos_token_id = generation.forced_eos_token_id = None  # lengths are the workload's
     about = describe(model)
     if way == "bare":
         return about, lambda request: decode(model, request)

@@ -164,7 +164,7 @@ def test_shared_beginnings_are_computed_and_read_once(llama, tokenizer, monkeypa
     together = run_sync(sample_all(sampler, queries, params))
     assert max(read_once) >= 3, "rows of the family were decoded over one reading of what they share"
     fed, copied = sampler.tokens_fed, sampler.tokens_copied
-    assert copied == (len(preamble) + 1) + len(preamble) + len(preamble)
+    assert copied == 3 * len(preamble)
     assert fed == sum(map(len, queries)) - copied + 5 * 5
     alone = LocalSampler(llama, tokenizer, slots=1)
     for i, (query, result) in enumerate(zip(queries, together, strict=True)):

@@ -215,9 +215,11 @@ def test_a_short_budget_gives_the_same_tokens(name):
     """A long sequence takes slots from sessions in mid-turn; they go on later, and nothing is different."""
     model = build(name)
     queries = queries_of([250, 3, 5, 240, 8, 300, 2])
-    params = SamplingParams(max_new_tokens=30)
+    params = [SamplingParams(max_new_tokens=n) for n in (30, 40, 40, 30, 40, 30, 10)]
     roomy = LocalSampler(model, Mute(), slots=7, max_length=512)
-    expected = continue_all(roomy, queries, params, seeds=range(7))
+    expected = [
+        turn for seed in range(7) for turn in continue_all(roomy, [queries[seed]], params[seed], seeds=[seed])
+    ]
     budget = 2 * roomy.limits.cost.of_session(512)
     tight = LocalSampler(model, Mute(), slots=7, max_length=512, cache_bytes=budget)
     assert tight._slots.count == 4, "at the first length"
@@ -226,7 +228,7 @@ def test_a_short_budget_gives_the_same_tokens(name):
     async def all_at_once():
         async def one(seed):
             session = tight.session(seed=seed)
-            turn = await session.sample(queries[seed], params)
+            turn = await session.sample(queries[seed], params[seed])
             counts.add(tight._slots.count)
             held.append(tight.held_bytes)
             session.close()
@@ -240,7 +242,7 @@ def test_a_short_budget_gives_the_same_tokens(name):
     assert min(counts) <= 3
     assert 0 < max(held) <= budget
     assert tight.tokens_fed > roomy.tokens_fed, "somebody had to start again"
-    continue_all(tight, queries[1:3], params, seeds=[1, 2])
+    continue_all(tight, queries[1:3], params[0], seeds=[1, 2])
     assert tight._slots.count == 4, "short sessions have all slots again"
 
 

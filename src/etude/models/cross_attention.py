@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from transformers import EncoderDecoderCache
 from transformers.cache_utils import Cache
 
 from etude.errors import ModelError
-from etude.math.placing import place
 from etude.models.cached_attention import attend_block, attend_cached
 from etude.models.plans import PackedPlan
 from etude.models.single_attention import Scores, computing, grouped
@@ -68,21 +68,19 @@ class CrossPlan:
     @cached_property
     def _written(self) -> tuple[Tensor, Tensor, Tensor]:
         """For each token that is written: its place among the new ones, its slot, its position there."""
-        starts = [0]
-        for states in self.new:
-            starts.append(starts[-1] + len(states))
-        rows = [
-            (starts[k] + position, slot, position)
-            for slot, k in self.places
-            for position in range(len(self.new[k]))
-        ]
-        source, slots, positions = place(rows, self.device, torch.long).T
-        return source, slots, positions
+        starts = [0, *accumulate(map(len, self.new))]
+        positions = [torch.arange(len(self.new[k])) for _, k in self.places]
+        source = [starts[k] + own for (_, k), own in zip(self.places, positions, strict=True)]
+        slots = [torch.full_like(own, slot) for (slot, _), own in zip(self.places, positions, strict=True)]
+        written = torch.stack([torch.cat(part) for part in (source, slots, positions)])
+        return tuple(written.to(self.device).unbind())  # type: ignore[return-value]
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Put `key` and `value` [H, S, d] of the new sources into their slots."""
         source, slots, positions = self._written
-        self.cache.write(layer, key[:, source], value[:, source], slots, positions)
+        if [k for _, k in self.places] != list(range(len(self.new))):  # else each goes to one slot, in order
+            key, value = key[:, source], value[:, source]
+        self.cache.write(layer, key, value, slots, positions)
 
 
 class StepCache(EncoderDecoderCache):

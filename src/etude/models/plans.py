@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PLAN = "packed_plan"  # the keyword under which a plan travels through the model
 LONG_PROMPT = 512  # tokens; up to here it costs little on a GPU that each reads all before it
 
+CALL = 32  # keys that could be read in the time of a call of its own for a sequence, in a small model
+
 # Devices where a kernel's start costs less than the padding that would save it, and than gathering rows.
 ONE_BY_ONE = frozenset({"cpu"})
 
@@ -152,7 +154,7 @@ class PackedPlan:
         seen = [self.past[i] + 1 for i in rows]
         slots = [self.slots[i] for i in rows]
         first, count, width = min(slots), max(slots) - min(slots) + 1, max(seen)
-        if count * width > 2.5 * sum(seen):
+        if count * width > 2.5 * sum(seen) + CALL * len(rows):
             return None
         lengths = torch.ones(count, dtype=torch.long)  # holes look at one key and are thrown away
         lengths[torch.tensor(slots) - first] = torch.tensor(seen)

@@ -7,6 +7,7 @@ model which one is right.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import psutil
@@ -31,10 +32,14 @@ def choose_backend(
     max_length: int,
     *,
     max_source_length: int = 0,
+    upcoming: Callable[[int], Sequence[Sequence[int]]] = lambda n: (),
     deterministic: bool = False,
     cuda_graphs: bool = False,
 ) -> Backend:
     """The packed one, or the static one where asked for, if that is right; else one forward per row.
+
+    Args:
+        upcoming: the next n sources that sessions wait with, for an encoder to read ahead.
 
     Raises:
         ConfigError: `cuda_graphs` was asked for and can't be had.
@@ -44,7 +49,7 @@ def choose_backend(
         if cuda_graphs:
             raise ConfigError("cuda_graphs=True needs a decoder; leave it out for an encoder–decoder")
         if not deterministic and decodes_packed(model):
-            return EncoderDecoderBackend(model, max_source_length)
+            return EncoderDecoderBackend(model, max_source_length, upcoming)
         return solo_backend(model, max_length, max_source_length)
     packs = supports_packing(model, max_length)
     if cuda_graphs and not (packs and capturable(model)):

@@ -7,7 +7,7 @@ group's) is encoded once; the others' slots get a copy. Not covered: families wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from torch import Tensor
@@ -23,24 +23,37 @@ from etude.sampling.draw import Draw
 from etude.sampling.feeds import Feed
 from etude.sampling.memory import CacheCost, CacheLimits
 
+Source = tuple[int, ...]
+
+_FORESEEN = 1024  # sources that wait whose lengths are thought of when slots grow
+_TOGETHER = 8  # sources that the encoder reads at once, if so many wait: it is faster than one by one
+
 
 class EncoderDecoderBackend:
     """`feeds.Backend` over two preallocated caches.
 
     Args:
         max_source_length: tokens that a source may have.
+        upcoming: the next n sources that sessions wait with.
     """
 
     closes_up = True
     runs_ahead = False
 
-    def __init__(self, model: PreTrainedModel, max_source_length: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_source_length: int,
+        upcoming: Callable[[int], Sequence[Sequence[int]]] = lambda n: (),
+    ) -> None:
         self.model = model
+        self.upcoming = upcoming
         self.max_source_length = max_source_length
         self.cache = SlotCache(slots=0, length=0)
         self.sources = SlotCache(slots=0, length=0)
         self.sources_encoded = 0
-        self._held: dict[int, tuple[int, ...]] = {}  # by slot, the source whose keys and values are there
+        self._ahead: dict[Source, Tensor] = {}  # states of sources that no slot has yet
+        self._held: dict[int, Source] = {}  # by slot, the source whose keys and values are there
         self._current: set[int] = set()  # slots whose source was read by the present weights
 
     def logits(self, feeds: Sequence[Feed], drawn_R: Tensor | None = None) -> Tensor:
@@ -73,25 +86,37 @@ class EncoderDecoderBackend:
         """States of sources that no slot has, and (slot, index of its source's states) to write them to."""
         longest = max((len(feed.source_ids) for feed in feeds), default=0)
         if longest > self.sources.length:
+            longest = max(longest, *map(len, self.upcoming(_FORESEEN)), 0)
             length = min(self.max_source_length, max(longest, 2 * self.sources.length))
-            kept = range(self.sources.slots) if self._held else ()
-            self.sources.resize(self.sources.slots, length, kept)
+            self.sources.resize(self.sources.slots, length, range(self.sources.slots) if self._held else ())
         places = []
-        unread: dict[tuple[int, ...], int] = {}
-        begun = {feed.slot for feed in feeds}
-        at_hand = {self._held[slot]: slot for slot in self._current - begun}
-        for feed in feeds:
-            source = tuple(feed.source_ids)
-            if self._held.get(feed.slot) == source and feed.slot in self._current:
+        needed: dict[Source, int] = {}
+        begun: dict[int, Source] = {feed.slot: tuple(feed.source_ids) for feed in feeds}
+        kept = {slot for slot in self._current if begun.get(slot, self._held[slot]) == self._held[slot]}
+        at_hand = {self._held[slot]: slot for slot in kept}
+        for slot, source in begun.items():
+            if slot in kept:
                 continue
             if (holder := at_hand.get(source)) is not None:
-                self.sources.copy(holder, feed.slot, len(source))
+                self.sources.copy(holder, slot, len(source))
             else:
-                places.append((feed.slot, unread.setdefault(source, len(unread))))
-            self._held[feed.slot] = source
-            self._current.add(feed.slot)
-        self.sources_encoded += len(unread)
-        return encode(self.model, list(unread)), places
+                places.append((slot, needed.setdefault(source, len(needed))))
+            self._held[slot] = source
+            self._current.add(slot)
+        return self._states(list(needed)), places
+
+    def _states(self, needed: Sequence[Source]) -> list[Tensor]:
+        """What the encoder makes of these. If it has to read some, it reads some that wait along with them."""
+        unread = [source for source in needed if source not in self._ahead]
+        if unread:
+            room = max(0, _TOGETHER - len(unread))
+            next_ones = dict.fromkeys(map(tuple, self.upcoming(room)))
+            self._ahead = {s: states for s, states in self._ahead.items() if s in needed or s in next_ones}
+            known = {*self._ahead, *unread, *(self._held[slot] for slot in self._current)}
+            unread += [source for source in next_ones if source not in known]
+            self._ahead |= zip(unread, encode(self.model, unread), strict=True)
+            self.sources_encoded += len(unread)
+        return [self._ahead.pop(source) for source in needed]
 
     def draw(
         self, feeds: Sequence[Feed], ready: Sequence[int], rows: Sequence[Row], drawn_R: Tensor | None
@@ -101,6 +126,7 @@ class EncoderDecoderBackend:
     def weights_changed(self) -> None:
         """What was read by other weights is read again when its sequence begins anew."""
         self._current.clear()
+        self._ahead.clear()
 
     def copy(self, source: int, target: int, length: int) -> bool:
         """A sequence moves to another slot, and its source with it."""

@@ -135,6 +135,7 @@ class LocalSampler:
             self.model,
             self.max_length,
             max_source_length=self.max_source_length,
+            upcoming=lambda count: self._schedule.upcoming(count),
             deterministic=deterministic,
             cuda_graphs=cuda_graphs,
         )

@@ -7,6 +7,8 @@ give up a slot (`slots`), the step itself (`local`).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from itertools import islice
 
 from etude.sampling.feeds import Backend, Feed
 from etude.sampling.session import LocalSession, Turn
@@ -36,6 +38,11 @@ class Schedule:
     def turns(self) -> list[Turn]:
         """All, those that run first."""
         return [*self.running, *self.waiting]
+
+    def upcoming(self, count: int) -> list[Sequence[int]]:
+        """What an encoder will read for the next turns that wait for a slot."""
+        turns = (turn for turn in self.waiting if turn.session.slot is None)
+        return [turn.session.source_ids for turn in islice(turns, count)]
 
     def admit(self, backend: Backend, step: int) -> None:
         """Waiting turns become running ones: those whose session kept its slot, others while slots last."""
