@@ -217,9 +217,7 @@ def test_a_short_budget_gives_the_same_tokens(name):
     queries = queries_of([250, 3, 5, 240, 8, 300, 2])
     params = [SamplingParams(max_new_tokens=n) for n in (30, 40, 40, 30, 40, 30, 10)]
     roomy = LocalSampler(model, Mute(), slots=7, max_length=512)
-    expected = [
-        turn for seed in range(7) for turn in continue_all(roomy, [queries[seed]], params[seed], seeds=[seed])
-    ]
+    expected = continue_all(roomy, queries, params, seeds=range(7))
     budget = 2 * roomy.limits.cost.of_session(512)
     tight = LocalSampler(model, Mute(), slots=7, max_length=512, cache_bytes=budget)
     assert tight._slots.count == 4, "at the first length"

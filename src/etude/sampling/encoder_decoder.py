@@ -106,7 +106,7 @@ class EncoderDecoderBackend:
         return self._states(list(needed)), places
 
     def _states(self, needed: Sequence[Source]) -> list[Tensor]:
-        """What the encoder makes of these. If it has to read some, it reads some that wait along with them."""
+        """What the encoder makes of these. If it has to read some, it reads ones that wait with them."""
         unread = [source for source in needed if source not in self._ahead]
         if unread:
             room = max(0, _TOGETHER - len(unread))
