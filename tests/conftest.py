@@ -1,7 +1,10 @@
 """What many tests share: a tokenizer of single characters with TRL's tags, and small random models."""
 
 import os
+import signal
 
+# A shell that runs the tests in the background has them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
