@@ -3,14 +3,15 @@
 import os
 import signal
 
-# A shell that runs the tests in the background has them ignore Ctrl-C, which some of them send.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHARACTERS = "0123456789+-*=?.<>_ abcdefghijklmnopqrstuvwxyzEKQRTUW:"
 TAGS = ("<request>", "<call>", "<response>", "<submit>")
