@@ -14,7 +14,7 @@ whose settings are in the two files beside this one:
     etude sft --config examples/translation_sft.yaml    imitation of references, most of which have a slip
     etude ppo --config examples/translation.yaml        practice; chrF says how near a translation comes
 
-Offline, in about two minutes on a CPU. Numbers, days and amounts that are held out are in no training
+Offline, in two to three minutes on a CPU. Numbers, days and amounts that are held out are in no training
 data, in any language.
 """
 
@@ -166,9 +166,11 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
         num_heads=8,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
         **tokens,
     )
     model = T5ForConditionalGeneration(config)
+    normal_(model.lm_head.weight, std=0.1)
     for name, parameter in model.named_parameters():
         # By these alone a T5 tells places apart; begun as small as usual, they would take minutes to grow.
         if "relative_attention_bias" in name:
