@@ -157,6 +157,7 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
     set_seed(seed)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     tokens: Row = {"pad_token_id": pad, "eos_token_id": eos, "decoder_start_token_id": pad}
+    untied: Row = {"tie_word_embeddings": False}
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=64,
@@ -166,8 +167,8 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
         num_heads=8,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         **tokens,
+        **untied,
     )
     model = T5ForConditionalGeneration(config)
     normal_(model.lm_head.weight, std=0.1)
