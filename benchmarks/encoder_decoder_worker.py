@@ -158,12 +158,12 @@ def make_model(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
         num_heads=8,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        scale_decoder_outputs=False,  # as in T5 1.1
         decoder_start_token_id=tokenizer.pad_token_id,
         **ids,
     )
     model = T5ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    torch.nn.init.normal_(model.shared.weight, std=0.1)  # the head's, too
     for name, parameter in model.named_parameters():
         if "relative_attention_bias" in name:  # else such a small one takes long to tell places apart
             torch.nn.init.normal_(parameter, std=2.0)

@@ -157,7 +157,7 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
     set_seed(seed)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     tokens: Row = {"pad_token_id": pad, "eos_token_id": eos, "decoder_start_token_id": pad}
-    untied: Row = {"tie_word_embeddings": False}
+    unscaled: Row = {"scale_decoder_outputs": False}  # as in T5 1.1
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=64,
@@ -168,10 +168,10 @@ def write_model(directory: Path, data: Path, seed: int) -> None:
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
         **tokens,
-        **untied,
+        **unscaled,
     )
     model = T5ForConditionalGeneration(config)
-    normal_(model.lm_head.weight, std=0.1)
+    normal_(model.shared.weight, std=0.1)  # the head's, too
     for name, parameter in model.named_parameters():
         # By these alone a T5 tells places apart; begun as small as usual, they would take minutes to grow.
         if "relative_attention_bias" in name:
