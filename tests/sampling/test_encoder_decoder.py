@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from etude.errors import CacheBudgetError, ConfigError, SamplerError
 from etude.protocols import Sampler
 from etude.runtime.loop import run_sync
+from etude.sampling import encoder_decoder
 from etude.sampling.encoder_decoder import EncoderDecoderBackend
 from etude.sampling.local import LocalSampler
 from etude.sampling.solo import SoloBackend
@@ -135,6 +136,39 @@ def test_a_source_is_encoded_once_for_a_group(t5, tokenizer):
     assert len({tuple(result.token_ids) for result in results[:5]}) == 5
     again = sample_all(LocalSampler(t5, tokenizer), [first], SamplingParams(max_new_tokens=9), seeds=[4])
     assert again[0].token_ids == results[4].token_ids
+
+
+def test_sources_that_wait_are_read_ahead_and_anew_after_the_weights_changed(tokenizer, monkeypatch):
+    model, read = make("t5-gated"), []
+
+    def spy(model, given, encode=encoder_decoder.encode):
+        read.append(len(given))
+        return encode(model, given)
+
+    monkeypatch.setattr(encoder_decoder, "encode", spy)
+    given = sorted(sources(5), key=len)  # as they are played
+    sampler = LocalSampler(model, tokenizer, slots=1)
+    read.clear()
+
+    async def one(i):
+        session = sampler.session(seed=i, source_ids=given[i])
+        result = await session.sample(sampler.decoder_start, greedy(8))
+        session.close()
+        if i == 1:
+            with torch.no_grad():
+                for parameter in model.encoder.parameters():
+                    parameter.mul_(1.5)
+        return result.token_ids
+
+    async def every():
+        return await asyncio.gather(*map(one, range(5)))
+
+    played = run_sync(every())
+    assert read == [5, 3], "all that wait, and what is left of them by the new weights"
+    changed = sample_all(LocalSampler(model, tokenizer, slots=1), given, greedy(8))
+    same = [result.token_ids == tokens for result, tokens in zip(changed, played, strict=True)]
+    assert same[2:] == [True] * 3
+    assert same[:2] != [True] * 2, "the weights make a difference"
 
 
 @pytest.mark.parametrize("family", ["t5-gated", "bart"])
