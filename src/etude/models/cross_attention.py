@@ -72,8 +72,8 @@ class CrossPlan:
         positions = [torch.arange(len(self.new[k])) for _, k in self.places]
         source = [starts[k] + own for (_, k), own in zip(self.places, positions, strict=True)]
         slots = [torch.full_like(own, slot) for (slot, _), own in zip(self.places, positions, strict=True)]
-        written = torch.stack([torch.cat(part) for part in (source, slots, positions)])
-        return tuple(written.to(self.device).unbind())  # type: ignore[return-value]
+        written = torch.stack([torch.cat(part) for part in (source, slots, positions)]).to(self.device)
+        return written[0], written[1], written[2]
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Put `key` and `value` [H, S, d] of the new sources into their slots."""
