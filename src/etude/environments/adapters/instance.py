@@ -38,18 +38,16 @@ class Instance(ABC):
 
     Attributes:
         tools: by name, beside those of the inner environment; known once it is open.
-        speaks: it answers turns that call no tool.
     """
 
     tools: Mapping[str, Tool] = {}
-    speaks = False
 
     @abstractmethod
     async def open(self, task: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
         """Begin the episode; the task as it is to be played, see `extend_prompt`."""
 
     async def reply(self, episode: Episode) -> str | None:
-        """The answer to a turn that called no tool; None ends the episode. Asked if it `speaks`."""
+        """The answer to a turn that called no tool; None ends the episode. By default such a turn does."""
         return None
 
     def is_done(self, episode: Episode) -> bool:
@@ -157,7 +155,8 @@ class InstanceEnvironment(Runs):
         def is_done(episode: Episode) -> bool:
             return calls.failure is not None or instance.is_done(episode)
 
-        return self._binder.bind(instance.tools, user if instance.speaks else None, is_done)
+        speaks = type(instance).reply is not Instance.reply
+        return self._binder.bind(instance.tools, user if speaks else None, is_done)
 
     def _gate(self) -> asyncio.Semaphore:
         """Of the running loop: each plain call may have its own."""

@@ -76,8 +76,6 @@ class StepReward:
 class SteppedInstance(Instance):
     """An environment that is stepped, for one episode."""
 
-    speaks = True
-
     def __init__(self, inner: TextEnvironment, rewards: StepReward) -> None:
         self.inner = inner
         self.rewards = rewards

@@ -52,8 +52,6 @@ class Rollout(Instance):
         calls: the way to its code.
     """
 
-    speaks = True
-
     def __init__(
         self,
         vf: Any,
