@@ -118,8 +118,9 @@ class PolicyForward(nn.Module):
         return PolicyOutput(
             logprobs=logprobs,
             entropies=entropies,
-            values=None if values is None else values[:count],
-            last_values=None if values is None else values[count:],
+            # Copies: what FSDP watches for the backward pass must be no view.
+            values=None if values is None else values[:count].clone(),
+            last_values=None if values is None else values[count:].clone(),
             logits=outputs if keep_logits else None,
         )
 
