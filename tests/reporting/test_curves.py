@@ -173,6 +173,7 @@ def test_what_is_not_a_finite_number_leaves_a_gap_or_no_curve() -> None:
         ("kl_mean", "KL mean"),
         ("grad_norm", "Gradient norm"),
         ("exact/mean", "Exact mean"),
+        ("ppo/loss/total", "PPO loss total"),
         ("validation/rougeL", "Validation ROUGE-L"),
         ("", ""),
         ("eval.success rate", "Eval success rate"),

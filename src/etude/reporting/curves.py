@@ -20,7 +20,7 @@ Point = tuple[int, float | None]  # step and value; None where the run computed 
 # What a reader looks for first; other curves follow in the order in which the run wrote them.
 _FIRST = ("reward", "success", "tool_use", "kl", "length", "loss", "entropy", "ratio", "tokens_per_second")
 _WORDS = {"kl": "KL", "lr": "learning rate", "grad": "gradient", "std": "std. dev.", "frac": "fraction"}
-_WORDS |= {"chrf": "chrF", "bleu": "BLEU", "ter": "TER", "rouge": "ROUGE"}
+_WORDS |= {"ppo": "PPO", "chrf": "chrF", "bleu": "BLEU", "ter": "TER", "rouge": "ROUGE"}
 _WORDS |= {f"rouge{kind}": f"ROUGE-{kind}" for kind in ("1", "2", "L")}
 _OPEN = 12  # groups are open until this many curves are shown
 _POINTS = 400  # per series; longer ones are averaged
