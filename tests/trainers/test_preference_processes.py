@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 
 STEP = """
-import json, sys, torch
+import gc, json, sys, torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from etude.models.loading import load_causal_lm
@@ -52,7 +52,9 @@ for name, (kind, settings) in kinds.items():
         with open(f"{directory}/{name}-{processes}.json", "w") as file:
             json.dump(logged, file)
     trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+trainer.end_training()
+# As the group's last holder it would now and then never end.
+assert not any(isinstance(each, torch.nn.parallel.DistributedDataParallel) for each in gc.get_objects())
 """
 
 

@@ -8,7 +8,7 @@ from scoring_models import make
 from tests.trainers.test_processes import launch
 
 STEP = """
-import sys, torch
+import gc, sys, torch
 from peft import LoraConfig
 from etude import PRMConfig, PRMTrainer, RewardConfig, RewardTrainer
 
@@ -39,7 +39,9 @@ for name, (trainer, config, rows, options, adapter) in kinds.items():
               *(f"{logged[each]:.4f}" for each in names), end=";")
     run.save_model(f"{directory}/{name}-{processes}/saved")
     run.accelerator.wait_for_everyone()
-run.accelerator.end_training()
+run.end_training()
+# As the group's last holder it would now and then never end.
+assert not any(isinstance(each, torch.nn.parallel.DistributedDataParallel) for each in gc.get_objects())
 """
 
 

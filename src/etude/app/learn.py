@@ -51,6 +51,7 @@ def learn(
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"model: {config.output_dir}\nreport: {Path(str(config.output_dir), 'report.html')}")
+    trainer.end_training()
 
 
 def checkpoint_to_resume(resume: bool | str | None, output_dir: str) -> str | None:

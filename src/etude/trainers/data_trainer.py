@@ -47,6 +47,7 @@ from etude.models.loading import load_chat_template, load_language_model
 from etude.models.onednn import onednn_linears
 from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
+from etude.runtime.processes import leave_group
 from etude.trainers.data_config import DataConfig
 from etude.trainers.means import Means, Sums
 from etude.trainers.run_recorder import RunRecorder
@@ -310,6 +311,11 @@ class DataTrainer(Trainer):
         super().log(logs, start_time)
 
     # ---- what is left behind ----
+
+    def end_training(self) -> None:
+        """Wait for the other processes, finish the trackers and leave the group: a script's last call."""
+        self.model_wrapped = self.accelerator.unwrap_model(self.model_wrapped)
+        leave_group(self.accelerator)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, the tokenizer and a model card."""

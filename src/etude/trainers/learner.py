@@ -9,7 +9,6 @@ nothing waits for the device: the next one is prepared and launched while one ru
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -288,14 +287,8 @@ class Learner:
             )
 
     def unwrap(self) -> None:
-        """Give up what `accelerator` put around the policy, before the group of processes goes.
-
-        As the group's last holder, `DistributedDataParallel` would end it with the interpreter's lock held,
-        and wait for a thread of gloo that needs the lock to let go of its tensors: now and then, for ever.
-        """
+        """Give up what `accelerator` put around the policy: see `leave_group`."""
         self.policy = self.accelerator.unwrap_model(self.policy)
-        self.accelerator.free_memory()  # which keeps the wrapped model as well
-        gc.collect()
 
     @contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:

@@ -36,6 +36,7 @@ from etude.models.value_model import ValueModel
 from etude.models.wrappers import trunk_of, unwrapped
 from etude.protocols import Environment
 from etude.runtime.model_card import write_model_card
+from etude.runtime.processes import leave_group
 from etude.sampling.generate import continue_all
 from etude.sampling.local import LocalSampler
 from etude.sampling.params import decoder_start, sampling_params
@@ -348,10 +349,9 @@ class PolicyTrainer(OnlineTrainer):
 
         `train` makes it; a loop of one's own around `step` does so itself.
         """
-        self.accelerator.wait_for_everyone()
         if self.accelerator.num_processes > 1:
             self.learner.unwrap()
-        self.accelerator.end_training()
+        leave_group(self.accelerator)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write model, tokenizer and a model card to `output_dir` (the config's by default)."""
