@@ -169,6 +169,14 @@ def test_messages_with_other_keys_fit_in_one_column():
     assert list(rated["completion"]) == [[FOUR], [named]]
 
 
+def test_rows_of_texts_and_of_messages_stay_what_they_are():
+    """In one column, which is JSON then: nothing is read into a text."""
+    messages = {"prompt": [ASK], "chosen": [FOUR], "rejected": [FIVE], "margin": 1.0}
+    first, _, third, _ = convert(load_rows([PAIR, messages]), ("unpaired-preference",))
+    assert (first["prompt"], first["completion"]) == ("2+2=", "4")
+    assert (third["prompt"], third["completion"]) == ([ASK], [FOUR])
+
+
 def test_what_cannot_be_made_is_refused():
     with pytest.raises(DataError, match=r"'prompt', 'completion' \(prompt-completion\); expected .*chosen"):
         convert(load_rows([{"prompt": "a", "completion": "b"}]), ["preference"])

@@ -17,6 +17,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
 
+from etude.data.files import as_json
 from etude.data.formats import COLUMNS, Format, detect_format, fitting_formats
 from etude.errors import DataError
 
@@ -80,7 +81,8 @@ def _map(
     answer = features.pop("chosen")
     features.pop("rejected")
     messages = not isinstance(answer, Value)
-    answer = List(Json()) if messages else answer  # so that messages with different keys fit in one column
+    if messages and answer != Json():  # which holds texts beside messages
+        answer = List(Json())  # so that messages with different keys fit in one column
     if messages or "prompt" not in features:
         features["prompt"] = answer
     if change is not _ask:
@@ -89,7 +91,7 @@ def _map(
     return dataset.map(
         _batch,
         with_indices=True,
-        fn_kwargs={"change": change, "names": list(features)},
+        fn_kwargs={"change": change, "features": Features(features)},
         batched=True,
         batch_size=100,
         remove_columns=dataset.column_names,
@@ -103,15 +105,15 @@ def _batch(
     batch: Mapping[str, list[Any]],
     indices: Sequence[int],
     change: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
-    names: Sequence[str],
+    features: Features,
 ) -> dict[str, list[Any]]:
     changed: list[dict[str, Any]] = []
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
         try:
-            changed += change(dict(zip(batch, values, strict=True)))
+            changed += [as_json(row, features) for row in change(dict(zip(batch, values, strict=True)))]
         except DataError as error:
             raise type(error)(f"row {index}: {error}") from error
-    return {name: [row[name] for row in changed] for name in names}
+    return {name: [row[name] for row in changed] for name in features}
 
 
 def unpair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
