@@ -87,7 +87,7 @@ def build_arguments(command: str, values: Values) -> list[Any]:
             built.append(load_object(reference)(**own))
         except EtudeError:
             raise
-        except ValueError as error:  # what transformers' own settings raise
+        except (ValueError, ImportError) as error:  # what transformers' own settings raise
             raise ConfigError(str(error)) from error
     by_title = dict(zip(COMMANDS[command].classes, built, strict=True))
     if hasattr(by_title.get("Environment"), "check_beside"):

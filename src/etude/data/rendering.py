@@ -313,8 +313,8 @@ def _check(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer {_name(tokenizer)} has no chat template, so it can't render messages; take a "
-            "chat model's tokenizer, set `tokenizer.chat_template`, or give plain text (`text`, or `prompt` "
-            "and `completion` as strings)"
+            "chat model's tokenizer, give a template (`chat_template_path`, or `tokenizer.chat_template`), "
+            "or plain text (`text`, or `prompt` and `completion` as strings)"
         )
 
 

@@ -29,7 +29,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -47,6 +46,8 @@ from etude.models.loading import load_chat_template, load_language_model
 from etude.models.onednn import onednn_linears
 from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
+from etude.trainers.best import BestSoFar
+from etude.trainers.data_checks import check_evaluation, check_origin, settings_explained, within_positions
 from etude.trainers.data_config import DataConfig
 from etude.trainers.means import Means, Sums
 from etude.trainers.run_recorder import RunRecorder
@@ -102,32 +103,36 @@ class DataTrainer(Trainer):
         name = model if isinstance(model, str) else str(trunk_of(model).config.name_or_path or "")
         if args is None:
             args = self.config_class(output_dir=f"{Path(name).name or 'model'}-{self.method}")
-        self._check(args, name, processing_class)
+        check_origin(args, self.config_class, name, processing_class)
+        check_evaluation(args, eval_dataset)
         self.base_model_name = name
         self.tokenizer = AutoTokenizer.from_pretrained(name) if processing_class is None else processing_class
         if args.chat_template_path is not None:
             self.tokenizer.chat_template = load_chat_template(args.chat_template_path)
-        self.args = args  # which tokenising reads
         set_seed(args.seed)  # before a head or an adapter draws its weights
         model = self._prepared(model, args, peft_config)
+        args = within_positions(args, trunk_of(model))
+        self.args = args  # which tokenising reads
         self.prepare(model)
         evaluated: Any = eval_dataset
         if isinstance(eval_dataset, Mapping):
             evaluated = {key: self.tokenize(rows) for key, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             evaluated = self.tokenize(eval_dataset)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=self.collate,
-            train_dataset=None if train_dataset is None else self.tokenize_for_training(train_dataset),
-            eval_dataset=evaluated,
-            processing_class=self.tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        trained = None if train_dataset is None else self.tokenize_for_training(train_dataset)
+        with settings_explained():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=self.collate,
+                train_dataset=trained,
+                eval_dataset=evaluated,
+                processing_class=self.tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
         if args.n_gpu > 1:
             raise ConfigError(
                 f"this process sees {args.n_gpu} GPUs; start one process for each by `accelerate launch`, or "
@@ -138,8 +143,8 @@ class DataTrainer(Trainer):
             self.remove_callback(shown)
         self.recorder = RunRecorder(self.method)
         self.add_callback(self.recorder)
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.load_best_model_at_end:
+            self.add_callback(BestSoFar(args.early_stopping_patience))
         self._means = {"train": Means(), "eval": Means()}
 
     # ---- what a trainer is ----
@@ -187,6 +192,10 @@ class DataTrainer(Trainer):
         """
         with self.recorder.watching():
             return super().train(*args, **options)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        with settings_explained():
+            return super().create_optimizer(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -354,14 +363,6 @@ class DataTrainer(Trainer):
         )
 
     # ---- before it begins ----
-
-    def _check(self, args: Any, name: str, processing_class: Any) -> None:
-        if not isinstance(args, self.config_class):
-            raise ConfigError(f"args are a {type(args).__name__}; expected an {self.config_class.__name__}")
-        if processing_class is None and not name:
-            raise ConfigError(
-                "the model doesn't say where it came from; pass its tokenizer as processing_class"
-            )
 
     def _prepared(self, model: str | Model, args: DataConfig, peft_config: PeftConfig | None) -> Model:
         if isinstance(model, str):
