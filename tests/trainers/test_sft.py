@@ -302,6 +302,9 @@ def test_what_is_saved_loads_again(tmp_path, tokenizer):
     assert "# tuned" in card.text
     assert "from `base` with `SFTTrainer`" in card.text
     assert "| learning_rate | `0.01` |" in card.text
+    assert "| lr_scheduler_type | `linear` |" in card.text
+    assert "| max_steps | `1` |" in card.text
+    assert "num_train_epochs" not in card.text, "which max_steps overrules"
     assert "secret" not in card.text
     # As `push_to_hub` does, with what it was given.
     trainer.create_model_card(model_name="Adder", tags="sums", dataset_tags=["a/b"], finetuned_from="c/d")

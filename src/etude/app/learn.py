@@ -47,7 +47,13 @@ def learn(
         processing_class=load_tokenizer(**model_arguments.tokenizer_place),
         peft_config=model_arguments.peft_config(),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        newest = get_last_checkpoint(str(config.output_dir))
+        if newest is not None and trainer.is_world_process_zero():
+            print(f"checkpoint: {newest}, which --resume_from_checkpoint goes on from")
+        raise
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"model: {config.output_dir}\nreport: {Path(str(config.output_dir), 'report.html')}")

@@ -19,6 +19,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +45,7 @@ from etude.errors import ConfigError
 from etude.models.adapters import add_adapter
 from etude.models.loading import load_chat_template, load_language_model
 from etude.models.onednn import onednn_linears
+from etude.models.tied import quiet_about_tied
 from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.trainers.best import BestSoFar
@@ -190,7 +192,8 @@ class DataTrainer(Trainer):
         Raises:
             KeyboardInterrupt: after that checkpoint.
         """
-        with self.recorder.watching():
+        assert isinstance(self.model, nn.Module)
+        with self.recorder.watching(), quiet_about_tied(trunk_of(self.model)):
             return super().train(*args, **options)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -357,10 +360,15 @@ class DataTrainer(Trainer):
             trainer=type(self).__name__,
             method=self.method,
             base_model=base_model or self.base_model_name,
-            config_summary={n: getattr(self.args, n) for n in (*_ON_THE_CARD, *self.on_the_card)},
+            config_summary=self._settings_on_the_card(),
             library_name="peft" if hasattr(self.model, "peft_config") else "transformers",
             **more,
         )
+
+    def _settings_on_the_card(self) -> dict[str, Any]:
+        unused = "num_train_epochs" if self.args.max_steps > 0 else "max_steps"
+        values = {n: getattr(self.args, n) for n in (*_ON_THE_CARD, *self.on_the_card) if n != unused}
+        return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
     # ---- before it begins ----
 
