@@ -134,8 +134,9 @@ def test_preferences_become_demonstrations_of_what_was_chosen(caplog):
     assert "chosen answers are imitated, the rejected ones unused" in caplog.text
 
 
-def test_ratings_become_demonstrations_of_what_was_wanted(caplog):
-    rows = [{"prompt": "2+2=", "completion": str(n), "label": n == 4} for n in range(3, 6)]
+@pytest.mark.parametrize("kind", [bool, int])
+def test_ratings_become_demonstrations_of_what_was_wanted(caplog, kind):
+    rows = [{"prompt": "2+2=", "completion": str(n), "label": kind(n == 4)} for n in range(3, 6)]
     assert list(convert(load_rows(rows), DEMONSTRATIONS)) == [{"prompt": "2+2=", "completion": "4"}]
     assert "1 of 3 answers are wanted" in caplog.text
     with pytest.raises(DataError, match="none of the 1 answers is wanted"):

@@ -1,10 +1,12 @@
 import logging
 
 import pytest
+import torch
 from huggingface_hub import constants
+from peft import LoraConfig
 from transformers.integrations import integration_utils
 
-from etude.errors import ConfigError
+from etude.errors import ConfigError, ModelError
 from etude.trainers.sft import SFTTrainer
 from etude.trainers.sft_config import SFTConfig
 
@@ -24,6 +26,7 @@ def settings(directory, **options):
         ({"learning_rate": -1.0}, "learning_rate is -1.0; expected at least 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected at least 1"),
+        ({"fp16": True}, "fp16 does nothing without a GPU; set bf16"),
         ({"seed": -3}, "seed is -3; expected at least 0"),
         ({"packing_strategy": "bfd_split"}, "packing_strategy does nothing without packing"),
         (
@@ -65,3 +68,13 @@ def test_rows_are_cut_to_the_positions_that_a_model_has(tmp_path, tokenizer, mak
     assert "1 of 2 rows are longer than max_length=16 and are cut" in caplog.messages
     assert config.max_length == max_length, "what was passed is left as it was"
     trainer.train()
+
+
+def test_weights_in_which_small_steps_are_lost(tmp_path, tokenizer, make_llama):
+    arguments = {"args": settings(tmp_path), "train_dataset": ROWS, "processing_class": tokenizer}
+    with pytest.raises(ModelError, match=r"weights to train are float16.* by bf16=True; or train an adapter"):
+        SFTTrainer(make_llama(dtype=torch.float16), **arguments)
+    with pytest.warns(UserWarning, match="less than 1/256 of a weight is lost.* by bf16=True"):
+        SFTTrainer(make_llama(dtype=torch.bfloat16), **arguments)
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    SFTTrainer(make_llama(dtype=torch.bfloat16), peft_config=adapter, **arguments)

@@ -434,6 +434,12 @@ def test_a_formatting_function(tmp_path, tokenizer):
     assert [label for label in as_row["labels"] if label != -100] == tokenizer.encode("4</s>")
 
 
+def test_a_formatting_function_that_returns_something_else(tmp_path, tokenizer):
+    arguments = {"train_dataset": [{"question": "2+2"}], "processing_class": tokenizer}
+    with pytest.raises(DataError, match="row 0: formatting_func returned a list; expected a text, or a row"):
+        SFTTrainer(tiny_llama(), settings(tmp_path), formatting_func=lambda row: ["2+2"], **arguments)
+
+
 def test_metrics_are_means_over_tokens_of_all_steps_since_the_last_log(tmp_path, tokenizer):
     args = settings(tmp_path, max_steps=4, per_device_train_batch_size=2, logging_steps=2, learning_rate=0.0)
     model = tiny_llama()

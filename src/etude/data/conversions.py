@@ -57,9 +57,11 @@ def convert(dataset: Dataset, accepted: Sequence[Format], *, num_proc: int | Non
 
 
 def _rates(dataset: Dataset) -> bool:
-    """Has it a label per answer? A label that isn't true or false is another column."""
-    rated = fitting_formats(dataset.column_names, ["unpaired-preference"])
-    return bool(rated) and dataset.features["label"] == Value("bool")
+    """Has it a label per answer? A label that isn't true or false (1 or 0) is another column."""
+    if not fitting_formats(dataset.column_names, ["unpaired-preference"]):
+        return False
+    kind = getattr(dataset.features["label"], "dtype", "")
+    return kind == "bool" or ("int" in kind and set(dataset.unique("label")) <= {0, 1})
 
 
 def _wanted(dataset: Dataset) -> Dataset:

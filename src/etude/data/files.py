@@ -92,7 +92,8 @@ def _choose(splits: DatasetDict, split: str | None, where: str) -> Dataset:
         split = next(iter(splits)) if len(splits) == 1 else "train"
     if split not in splits:
         raise DataError(
-            f"{where} has no split {split!r}, only {', '.join(map(repr, splits))}; choose by `split`"
+            f"{where} has no split {split!r}, only {', '.join(map(repr, splits))}; choose by `split`, "
+            "on the command line by train_split or eval_split; or pass one of them alone"
         )
     return splits[split]
 

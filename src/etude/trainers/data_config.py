@@ -65,6 +65,8 @@ class DataConfig(TrainingArguments):
             raise ConfigError(
                 f"max_length is {self.max_length}; expected None or at least 2: one to read, one to learn"
             )
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ConfigError("fp16 does nothing without a GPU; set bf16, or leave it out")
         if self.early_stopping_patience is not None:
             if self.early_stopping_patience < 1 or self.eval_strategy == "no":
                 raise ConfigError(

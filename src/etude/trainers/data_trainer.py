@@ -53,7 +53,7 @@ from etude.trainers.data_checks import check_evaluation, check_origin, settings_
 from etude.trainers.data_config import DataConfig
 from etude.trainers.means import Means, Sums
 from etude.trainers.run_recorder import RunRecorder
-from etude.trainers.setup import check_fits, disable_dropout
+from etude.trainers.setup import check_fits, check_precision, disable_dropout
 
 Model = PreTrainedModel | PeftModel
 
@@ -113,6 +113,7 @@ class DataTrainer(Trainer):
             self.tokenizer.chat_template = load_chat_template(args.chat_template_path)
         set_seed(args.seed)  # before a head or an adapter draws its weights
         model = self._prepared(model, args, peft_config)
+        check_precision([p for p in model.parameters() if p.requires_grad], optimizers[0], "bf16=True")
         args = within_positions(args, trunk_of(model))
         self.args = args  # which tokenising reads
         self.prepare(model)
