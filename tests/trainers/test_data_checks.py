@@ -52,6 +52,9 @@ def test_what_transformers_says_of_settings_is_our_error(tmp_path, tokenizer, ma
     arguments = {"train_dataset": ROWS, "processing_class": tokenizer}
     with pytest.raises(ConfigError, match=r"push_to_hub can't make the model's repository .*offline"):
         SFTTrainer(make_llama(), settings(tmp_path, push_to_hub=True, hub_token="hf_no"), **arguments)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output_dir can't be made: .*exists"):
+        SFTTrainer(make_llama(), settings(tmp_path / "file"), **arguments)
     trainer = SFTTrainer(make_llama(), settings(tmp_path, adam_beta1=3.0), **arguments)
     with pytest.raises(ConfigError, match="Invalid beta parameter"):
         trainer.train()

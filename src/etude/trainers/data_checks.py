@@ -82,8 +82,8 @@ def check_evaluation(args: Any, eval_dataset: Any) -> None:
 def settings_explained() -> Iterator[None]:
     """What transformers says of settings when it builds from them, as our errors.
 
-    These are packages that aren't installed, values out of range, and the hub, where `push_to_hub` makes a
-    repository before training begins.
+    These are packages that aren't installed, values out of range, an `output_dir` that can't be made, and the
+    hub, where `push_to_hub` makes a repository before training begins.
     """
     try:
         yield
@@ -94,6 +94,8 @@ def settings_explained() -> Iterator[None]:
             f"push_to_hub can't make the model's repository on the hub: {error} Leave push_to_hub out to "
             "train without it, and upload the directory later"
         ) from error
+    except OSError as error:
+        raise ConfigError(f"output_dir can't be made: {error}") from error
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error
 
