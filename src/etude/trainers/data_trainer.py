@@ -52,6 +52,7 @@ from etude.trainers.best import BestSoFar
 from etude.trainers.data_checks import check_evaluation, check_origin, settings_explained, within_positions
 from etude.trainers.data_config import DataConfig
 from etude.trainers.means import Means, Sums
+from etude.trainers.resuming import check_weights, checkpoint_to_resume
 from etude.trainers.run_recorder import RunRecorder
 from etude.trainers.setup import check_fits, check_precision, disable_dropout
 
@@ -187,15 +188,21 @@ class DataTrainer(Trainer):
 
     # ---- what transformers' loop calls ----
 
-    def train(self, *args: Any, **options: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any
+    ) -> TrainOutput:
         """As transformers'. Ctrl-C ends it after the step that runs, with a checkpoint.
 
         Raises:
+            CheckpointError: there is none to go on from, or it isn't this model's.
             KeyboardInterrupt: after that checkpoint.
         """
         assert isinstance(self.model, nn.Module)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint is not None:
+            check_weights(checkpoint, self.model)
         with self.recorder.watching(), quiet_about_tied(trunk_of(self.model)):
-            return super().train(*args, **options)
+            return super().train(checkpoint, *args, **options)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with settings_explained():
