@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 
 from etude.errors import ConfigError
+from etude.runtime.run import RunDirectory
 from etude.trainers.best import evaluations_since_the_best
 from etude.trainers.sft import SFTTrainer
 from etude.trainers.sft_config import SFTConfig
@@ -85,11 +86,18 @@ def test_of_several_data_sets_one_counts(tmp_path, tokenizer, make_llama):
     arguments = {"train_dataset": ROWS, "eval_dataset": several, "processing_class": tokenizer}
     with pytest.raises(ConfigError, match=r"'loss', and eval_dataset is several: .* as in 'sums_loss'"):
         SFTTrainer(make_llama(), settings(tmp_path), **arguments)
-    config = settings(tmp_path, metric_for_best_model="more_loss")
+    config = settings(tmp_path, metric_for_best_model="more_loss", eval_on_start=True)
     trainer = SFTTrainer(make_llama(), config, **arguments)
     trainer.train()
-    losses = [entry["eval_more_loss"] for entry in trainer.state.log_history if "eval_more_loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if entry["step"]]  # what was before isn't kept
+    losses = [entry["eval_more_loss"] for entry in logged if "eval_more_loss" in entry]
     assert trainer.evaluate()["eval_more_loss"] == pytest.approx(min(losses), rel=1e-6)
+    summary = RunDirectory(tmp_path).read_summary()
+    assert {"more_loss", "sums_loss"} <= set(summary["before"]), "all sets are in the report"
+    best = {name: summary["after"][name] for name in ("sums_loss", "more_loss")}
+    assert best["more_loss"] == min(losses), "of the weights that were gone back to"
+    at_best = [entry for entry in logged if entry["step"] == trainer.state.best_global_step]
+    assert [entry["eval_sums_loss"] for entry in at_best if "eval_sums_loss" in entry] == [best["sums_loss"]]
 
 
 def test_a_measure_that_no_evaluation_has(tmp_path, tokenizer, make_llama):
