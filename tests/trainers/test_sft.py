@@ -577,12 +577,26 @@ def test_early_stopping_goes_back_to_the_best(tmp_path, tokenizer):
         settings(tmp_path, early_stopping_patience=2)
 
 
-def test_an_interrupt_waits_for_a_checkpoint(tmp_path, tokenizer):
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 1:
-                signal.raise_signal(signal.SIGINT)
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the second step."""
 
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_leaves_a_checkpoint_where_only_the_best_are_kept(tmp_path, tokenizer):
+    args = settings(
+        tmp_path, max_steps=6, learning_rate=1e-2, eval_strategy="steps", eval_steps=1, save_strategy="best",
+        metric_for_best_model="loss", greater_is_better=True,  # the first stays the best
+    )  # fmt: skip
+    parts = {"train_dataset": ROWS, "eval_dataset": ROWS, "processing_class": tokenizer}
+    with pytest.raises(KeyboardInterrupt):
+        SFTTrainer(tiny_llama(), args, callbacks=[Interrupt()], **parts).train()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_an_interrupt_waits_for_a_checkpoint(tmp_path, tokenizer):
     args = settings(tmp_path, max_steps=6)
     parts = {"train_dataset": ROWS, "processing_class": tokenizer}
     with pytest.raises(KeyboardInterrupt):

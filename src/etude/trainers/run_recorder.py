@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from etude.errors import CheckpointError
 from etude.reporting.report import write_report
@@ -81,6 +82,8 @@ class RunRecorder(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._interrupts:
             control.should_save = control.should_training_stop = True
+            if args.save_strategy == SaveStrategy.BEST:  # an evaluation would decide whether to save
+                control.should_evaluate = False
 
     def on_log(
         self,
