@@ -141,6 +141,21 @@ def test_a_message_of_several_lines_becomes_one(tmp_path: Path, capsys: pytest.C
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+WARN = """
+import sys, warnings
+import etude.app.cli as cli
+cli._run = lambda arguments: warnings.warn("small steps\\n  are lost")
+before = warnings.formatwarning
+cli.main(sys.argv[1:])
+assert warnings.formatwarning is before
+"""
+
+
+def test_a_warning_is_one_line_without_its_place() -> None:
+    assert etude_in_a_process("sft", code=WARN).stderr == "etude: warning: small steps are lost\n"
+    assert "UserWarning" in etude_in_a_process("sft", "--traceback", code=WARN).stderr
+
+
 def test_the_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError):
         main(["ppo", "--seed", "x", "--traceback"])

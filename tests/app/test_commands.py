@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from etude.app.cli import main
 from etude.models.adapters import current_peft
 from etude.models.loading import load_tokenizer
 from etude.runtime.run import RunDirectory
+from etude.trainers.sft import SFTTrainer
 
 REWARDS = """
 def share_of_digits(prompts, completions, goal, **columns):
@@ -241,6 +243,23 @@ def test_sft_learns_its_demonstrations(
     assert sft(model_directory, "--resume_from_checkpoint=runs/sft/checkpoint-3") == 0
     again = weights(demonstrations / "runs/sft")
     assert all(torch.allclose(trained[name], again[name], atol=1e-6) for name in trained)
+
+
+def test_ctrl_c_says_where_to_go_on_from(
+    demonstrations: Path, model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    losses = SFTTrainer.losses
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return losses(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "losses", interrupted)
+        assert sft(model_directory) == 130
+    said = "checkpoint: runs/sft/checkpoint-1, which --resume_from_checkpoint goes on from"
+    assert said in capsys.readouterr().out
+    assert sft(model_directory, "--resume_from_checkpoint") == 0
 
 
 def test_sft_trains_an_adapter_and_evaluates(demonstrations: Path, model_directory: Path) -> None:

@@ -92,6 +92,7 @@ def test_full_models(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["--sources=model"], "'model' holds no adapter"),
+        (["--sources=nowhere"], "'nowhere' holds no adapter (there is no adapter_config.json, nor "),
         (["--sources", "first", "model"], "'first' holds an adapter and 'model' doesn't"),
         (["--sources", "model", "other", "--combination=ties"], "combination is about adapters"),
         (["--sources", "model", "other", "--weights", "1", "1"], "add up to 2"),

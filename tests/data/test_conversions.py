@@ -134,8 +134,9 @@ def test_preferences_become_demonstrations_of_what_was_chosen(caplog):
     assert "chosen answers are imitated, the rejected ones unused" in caplog.text
 
 
-def test_ratings_become_demonstrations_of_what_was_wanted(caplog):
-    rows = [{"prompt": "2+2=", "completion": str(n), "label": n == 4} for n in range(3, 6)]
+@pytest.mark.parametrize("kind", [bool, int])
+def test_ratings_become_demonstrations_of_what_was_wanted(caplog, kind):
+    rows = [{"prompt": "2+2=", "completion": str(n), "label": kind(n == 4)} for n in range(3, 6)]
     assert list(convert(load_rows(rows), DEMONSTRATIONS)) == [{"prompt": "2+2=", "completion": "4"}]
     assert "1 of 3 answers are wanted" in caplog.text
     with pytest.raises(DataError, match="none of the 1 answers is wanted"):
@@ -167,6 +168,14 @@ def test_messages_with_other_keys_fit_in_one_column():
     assert table.features["chosen"] != table.features["rejected"]
     rated = convert(table, ["unpaired-preference"])
     assert list(rated["completion"]) == [[FOUR], [named]]
+
+
+def test_rows_of_texts_and_of_messages_stay_what_they_are():
+    """In one column, which is JSON then: nothing is read into a text."""
+    messages = {"prompt": [ASK], "chosen": [FOUR], "rejected": [FIVE], "margin": 1.0}
+    first, _, third, _ = convert(load_rows([PAIR, messages]), ("unpaired-preference",))
+    assert (first["prompt"], first["completion"]) == ("2+2=", "4")
+    assert (third["prompt"], third["completion"]) == ([ASK], [FOUR])
 
 
 def test_what_cannot_be_made_is_refused():

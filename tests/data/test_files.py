@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import datasets
@@ -57,6 +58,51 @@ def test_no_column_is_lost_and_mixed_arguments_keep_their_keys():
     calls = [{"calls": [{"arguments": {"x": 1}}]}, {"calls": [{"arguments": {"y": "s"}}]}]
     assert load_rows(calls).to_list() == calls
     assert rows == [{"a": 1}, {"a": 2, "b": "x"}], "what was passed is left as it was"
+
+
+def test_texts_that_are_json_stay_texts_beside_other_kinds():
+    """Contents of strings and of parts, rows of texts and of messages: nothing is read into a string."""
+    told = [{"role": "user", "content": [{"type": "text", "text": "x"}]}, {"role": "tool", "content": "true"}]
+    rows = [
+        {"messages": told, "answer": "4", "info": {"a": "1.50"}},
+        {"messages": [{"role": "user", "content": '{"a": 1}'}], "answer": [4], "info": {"a": 1}},
+        {"messages": None, "answer": None, "info": None},
+    ]
+    assert load_rows(rows).to_list() == rows
+    rows = [{"prompt": "4", "completion": "null"}, {"prompt": told, "completion": told}]
+    assert load_rows(rows).to_list() == rows
+    answers = [{"answer": "4"}, {"answer": [4]}]
+    calls = [{"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"x": 1}}]}]}] * 2
+    beside = datasets.concatenate_datasets([load_rows(answers), Dataset.from_list(calls)], axis=1)
+    assert load_rows(beside).to_list() == [answer | call for answer, call in zip(answers, calls, strict=True)]
+
+
+def test_numbers_in_calls_keep_their_digits(folder):
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"x": math.pi, "y": None}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"x": 0.1 + 0.2, "y": None}}]}]},
+    ]
+    assert load_rows(rows).to_list() == rows
+    Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    for row, loaded in zip(rows, load_rows(folder / "rows.parquet"), strict=True):
+        [expected], [call] = row["messages"][0]["tool_calls"], loaded["messages"][0]["tool_calls"]
+        assert call["arguments"] == {"x": expected["arguments"]["x"]}, "a table's null may be a filler"
+
+
+def test_texts_of_csv_are_texts(folder):
+    (folder / "sums.csv").write_text("prompt,completion,answer\n2+2=,04,4\n9-9=,,0\n")
+    assert load_rows("sums.csv").to_list() == [
+        {"prompt": "2+2=", "completion": "04", "answer": 4},
+        {"prompt": "9-9=", "completion": "", "answer": 0},
+    ]
+
+
+def test_what_no_table_holds_is_told_by_its_row(folder):
+    (folder / "half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"'half.jsonl' can't be made a table \(row 1\): .*surrogates"):
+        load_rows("half.jsonl")
+    with pytest.raises(DataError, match=r"the list can't be made a table \(row 0\): .*too large"):
+        load_rows([{"text": "a", "id": 2**70}])
 
 
 def conversations(*, same_types):

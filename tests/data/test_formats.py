@@ -251,6 +251,8 @@ def test_the_tokens_of_another_tokenizer_are_refused(ids):
         ({"messages": MESSAGES}, {"completion_only_loss": True}, "rows of 'messages' have no completion"),
         ({"text": 3}, {}, "text is a int"),
         ({"prompt": "a", "completion": None}, {}, "prompt is a str and completion a NoneType"),
+        ({"messages": None}, {}, "messages is a NoneType; expected a list of messages"),
+        ({"messages": '[{"role": "user"}]'}, {}, "messages is a str; expected a list of messages"),
         ({"prompt": "a", "completion": MESSAGES}, {}, "expected two strings or two lists of messages"),
         ({"segments": [{"source": "modle", "text": "a"}]}, {}, "segment 0 is .*'source' among prompt, model"),
         ({"segments": ["a"]}, {}, "segment 0 is a;"),

@@ -277,6 +277,26 @@ def test_tool_calls_that_a_template_leaves_out_are_an_error():
         conversation_rows(chat_tokenizer(silent), CONVERSATION)
 
 
+def test_messages_and_tools_that_a_template_leaves_out_are_said_once(caplog):
+    messages = [{"role": "developer", "content": "Be brief."}, *CONVERSATION[1:2], CONVERSATION[-1]]
+    tools = [{"type": "function", "function": {"name": "calc", "parameters": {}}}]
+    users = CHATML.replace("m in messages", "m in messages if m.role in ['user', 'assistant']")
+    for _ in range(2):
+        conversation_rows(chat_tokenizer("{# users only #}" + users), messages, tools)
+    [first, second] = caplog.messages
+    assert "leaves out the messages of the role 'developer'" in first
+    assert "leaves out the tools" in second
+
+
+def test_what_a_template_writes_otherwise_is_not_left_out(caplog):
+    """A tool's answer as JSON, with quotes in it that this quotes; white space; tools by their names."""
+    quoted = "{{ tools[0].function.name }}" + CHATML.replace("{{ m.content }}", "{{ m.content | tojson }}")
+    messages = [{"role": "user", "content": ' a\n"b" '}, {"role": "assistant", "content": "c"}]
+    tools = [{"type": "function", "function": {"name": "calc", "parameters": {}}}]
+    conversation_rows(chat_tokenizer(quoted), messages, tools)
+    assert not caplog.text
+
+
 def test_what_a_template_leaves_out_of_a_message_is_said_once(caplog):
     messages = [CONVERSATION[1], {"role": "assistant", "content": "6.", "reasoning_content": "2 * 3"}]
     tokenizer = chat_tokenizer("{# says it once #}" + CHATML)

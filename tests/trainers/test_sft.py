@@ -302,6 +302,9 @@ def test_what_is_saved_loads_again(tmp_path, tokenizer):
     assert "# tuned" in card.text
     assert "from `base` with `SFTTrainer`" in card.text
     assert "| learning_rate | `0.01` |" in card.text
+    assert "| lr_scheduler_type | `linear` |" in card.text
+    assert "| max_steps | `1` |" in card.text
+    assert "num_train_epochs" not in card.text, "which max_steps overrules"
     assert "secret" not in card.text
     # As `push_to_hub` does, with what it was given.
     trainer.create_model_card(model_name="Adder", tags="sums", dataset_tags=["a/b"], finetuned_from="c/d")
@@ -429,6 +432,12 @@ def test_a_formatting_function(tmp_path, tokenizer):
         formatting_func=lambda row: {"prompt": row["question"], "completion": row["answer"]},
     ).train_dataset[0]
     assert [label for label in as_row["labels"] if label != -100] == tokenizer.encode("4</s>")
+
+
+def test_a_formatting_function_that_returns_something_else(tmp_path, tokenizer):
+    arguments = {"train_dataset": [{"question": "2+2"}], "processing_class": tokenizer}
+    with pytest.raises(DataError, match="row 0: formatting_func returned a list; expected a text, or a row"):
+        SFTTrainer(tiny_llama(), settings(tmp_path), formatting_func=lambda row: ["2+2"], **arguments)
 
 
 def test_metrics_are_means_over_tokens_of_all_steps_since_the_last_log(tmp_path, tokenizer):
@@ -568,12 +577,26 @@ def test_early_stopping_goes_back_to_the_best(tmp_path, tokenizer):
         settings(tmp_path, early_stopping_patience=2)
 
 
-def test_an_interrupt_waits_for_a_checkpoint(tmp_path, tokenizer):
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 1:
-                signal.raise_signal(signal.SIGINT)
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the second step."""
 
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_leaves_a_checkpoint_where_only_the_best_are_kept(tmp_path, tokenizer):
+    args = settings(
+        tmp_path, max_steps=6, learning_rate=1e-2, eval_strategy="steps", eval_steps=1, save_strategy="best",
+        metric_for_best_model="loss", greater_is_better=True,  # the first stays the best
+    )  # fmt: skip
+    parts = {"train_dataset": ROWS, "eval_dataset": ROWS, "processing_class": tokenizer}
+    with pytest.raises(KeyboardInterrupt):
+        SFTTrainer(tiny_llama(), args, callbacks=[Interrupt()], **parts).train()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_an_interrupt_waits_for_a_checkpoint(tmp_path, tokenizer):
     args = settings(tmp_path, max_steps=6)
     parts = {"train_dataset": ROWS, "processing_class": tokenizer}
     with pytest.raises(KeyboardInterrupt):

@@ -3,7 +3,7 @@
     etude ppo --config run.yaml --learning_rate 1e-5
 
 Arguments are checked, and help is given, before anything heavy is imported. A user's mistake is one line
-and exit code 2; `--traceback` or ETUDE_TRACEBACK=1 shows where it came from.
+and exit code 2; `--traceback` or ETUDE_TRACEBACK=1 shows where it came from. A warning is one line, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -28,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in arguments or os.environ.get("ETUDE_TRACEBACK", "") not in ("", "0")
+    rest = [argument for argument in arguments if argument != "--traceback"]
     try:
-        _run([argument for argument in arguments if argument != "--traceback"])
+        with nullcontext() if show_traceback else _warnings_in_a_line():
+            _run(rest)
     except EtudeError as error:
         if show_traceback:
             raise
@@ -39,6 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("etude: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Without the place in the code that they came from."""
+
+    def formatted(message: Warning | str, *_: Any, **__: Any) -> str:
+        return f"etude: warning: {' '.join(str(message).split())}\n"
+
+    with_place: Any = warnings.formatwarning
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = with_place
 
 
 def run_command(command: str, **options: object) -> None:
@@ -87,7 +106,7 @@ def build_arguments(command: str, values: Values) -> list[Any]:
             built.append(load_object(reference)(**own))
         except EtudeError:
             raise
-        except ValueError as error:  # what transformers' own settings raise
+        except (ValueError, ImportError) as error:  # what transformers' own settings raise
             raise ConfigError(str(error)) from error
     by_title = dict(zip(COMMANDS[command].classes, built, strict=True))
     if hasattr(by_title.get("Environment"), "check_beside"):

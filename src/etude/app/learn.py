@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from etude.app.arguments import DataArguments, ModelArguments, RunArguments
-from etude.errors import CheckpointError, ConfigError
+from etude.errors import ConfigError
 from etude.models.loading import load_language_model, load_tokenizer
 from etude.trainers.data_config import DataConfig
 from etude.trainers.data_trainer import DataTrainer
+from etude.trainers.resuming import checkpoint_to_resume, newest_checkpoint
 
 
 def learn(
@@ -35,6 +35,7 @@ def learn(
     """
     if data.eval_dataset is not None and config.eval_strategy == "no" and not config.eval_on_start:
         raise ConfigError("eval_dataset does nothing while eval_strategy is no; set it to epoch or steps")
+    # Before minutes of preparation.
     checkpoint = checkpoint_to_resume(start.resume_from_checkpoint, str(config.output_dir))
     train, validation = data.rows("train"), data.rows("eval")  # before the model: mistakes show at once
 
@@ -47,28 +48,14 @@ def learn(
         processing_class=load_tokenizer(**model_arguments.tokenizer_place),
         peft_config=model_arguments.peft_config(),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        newest = newest_checkpoint(str(config.output_dir))
+        if newest is not None and trainer.is_world_process_zero():
+            print(f"checkpoint: {newest}, which --resume_from_checkpoint goes on from")
+        raise
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"model: {config.output_dir}\nreport: {Path(str(config.output_dir), 'report.html')}")
     trainer.end_training()
-
-
-def checkpoint_to_resume(resume: bool | str | None, output_dir: str) -> str | None:
-    """The directory to resume from: transformers would look for it after minutes of preparation.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not resume:
-        return None
-    if isinstance(resume, str):
-        if not Path(resume, "trainer_state.json").is_file():
-            raise CheckpointError(
-                f"{resume} is no checkpoint; expected a checkpoint-<step> directory of a run"
-            )
-        return resume
-    newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if newest is None:
-        raise CheckpointError(f"{output_dir} holds no checkpoint; leave resume_from_checkpoint out")
-    return newest

@@ -17,6 +17,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
 
+from etude.data.files import as_json
 from etude.data.formats import COLUMNS, Format, detect_format, fitting_formats
 from etude.errors import DataError
 
@@ -56,9 +57,11 @@ def convert(dataset: Dataset, accepted: Sequence[Format], *, num_proc: int | Non
 
 
 def _rates(dataset: Dataset) -> bool:
-    """Has it a label per answer? A label that isn't true or false is another column."""
-    rated = fitting_formats(dataset.column_names, ["unpaired-preference"])
-    return bool(rated) and dataset.features["label"] == Value("bool")
+    """Has it a label per answer? A label that isn't true or false (1 or 0) is another column."""
+    if not fitting_formats(dataset.column_names, ["unpaired-preference"]):
+        return False
+    kind = getattr(dataset.features["label"], "dtype", "")
+    return kind == "bool" or ("int" in kind and set(dataset.unique("label")) <= {0, 1})
 
 
 def _wanted(dataset: Dataset) -> Dataset:
@@ -80,7 +83,8 @@ def _map(
     answer = features.pop("chosen")
     features.pop("rejected")
     messages = not isinstance(answer, Value)
-    answer = List(Json()) if messages else answer  # so that messages with different keys fit in one column
+    if messages and answer != Json():  # which holds texts beside messages
+        answer = List(Json())  # so that messages with different keys fit in one column
     if messages or "prompt" not in features:
         features["prompt"] = answer
     if change is not _ask:
@@ -89,7 +93,7 @@ def _map(
     return dataset.map(
         _batch,
         with_indices=True,
-        fn_kwargs={"change": change, "names": list(features)},
+        fn_kwargs={"change": change, "features": Features(features)},
         batched=True,
         batch_size=100,
         remove_columns=dataset.column_names,
@@ -103,15 +107,15 @@ def _batch(
     batch: Mapping[str, list[Any]],
     indices: Sequence[int],
     change: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
-    names: Sequence[str],
+    features: Features,
 ) -> dict[str, list[Any]]:
     changed: list[dict[str, Any]] = []
     for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
         try:
-            changed += change(dict(zip(batch, values, strict=True)))
+            changed += [as_json(row, features) for row in change(dict(zip(batch, values, strict=True)))]
         except DataError as error:
             raise type(error)(f"row {index}: {error}") from error
-    return {name: [row[name] for row in changed] for name in names}
+    return {name: [row[name] for row in changed] for name in features}
 
 
 def unpair(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from etude.errors import DataError
 Rows: TypeAlias = str | Path | Dataset | DatasetDict | Sequence[Any]
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "completions", "tools")
+_TEXTS = ("text", "prompt", "completion", "chosen", "rejected")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -91,7 +92,8 @@ def _choose(splits: DatasetDict, split: str | None, where: str) -> Dataset:
         split = next(iter(splits)) if len(splits) == 1 else "train"
     if split not in splits:
         raise DataError(
-            f"{where} has no split {split!r}, only {', '.join(map(repr, splits))}; choose by `split`"
+            f"{where} has no split {split!r}, only {', '.join(map(repr, splits))}; choose by `split`, "
+            "on the command line by train_split or eval_split; or pass one of them alone"
         )
     return splits[split]
 
@@ -114,18 +116,21 @@ def _without_fillers(dataset: Dataset) -> Dataset:
     Where messages are structs, a tool call has each argument that any call has, as None. Keys of the messages
     themselves are seen to where they are rendered.
     """
-    columns = [
-        name for name, feature in dataset.features.items() if name in _CONVERSATIONS and _depth(feature) > 1
-    ]
+    columns = [name for name, feature in dataset.features.items() if _is_nested(name, feature)]
     if not columns:
         return dataset
-    plain = {name: List(Json()) for name in columns}
+    features = Features({**dataset.features, **{name: List(Json()) for name in columns}})
     return dataset.map(
         _drop_fillers,
-        fn_kwargs={"columns": columns},
-        features=Features({**dataset.features, **plain}),
+        fn_kwargs={"columns": columns, "features": features},
+        features=features,
         desc="Reading conversations",
     )
+
+
+def _is_nested(name: str, feature: Any) -> bool:
+    """Are these conversations with structs in their messages?"""
+    return name in _CONVERSATIONS and _depth(feature) > 1
 
 
 def _depth(feature: Any) -> int:
@@ -135,8 +140,9 @@ def _depth(feature: Any) -> int:
     return _depth(feature.feature) if hasattr(feature, "feature") else 0
 
 
-def _drop_fillers(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    return {name: _drop(row[name]) for name in columns}
+def _drop_fillers(row: Mapping[str, Any], columns: Sequence[str], features: Features) -> dict[str, Any]:
+    # The others are written anew, too.
+    return as_json({name: _drop(row[name]) if name in columns else row[name] for name in row}, features)
 
 
 def _drop(value: Any) -> Any:
@@ -222,8 +228,9 @@ def _read_json(path: Path) -> Dataset:
 def _read_csv(path: Path) -> Dataset:
     separator = "\t" if path.suffix == ".tsv" else ","
     try:
-        # "NA" and "None" are words like any other here.
-        frame = pandas.read_csv(path, sep=separator, keep_default_na=False)
+        # "NA" and "None" are words like any other here, and an answer of "007" is a text.
+        texts = dict.fromkeys(_TEXTS, str)
+        frame = pandas.read_csv(path, sep=separator, keep_default_na=False, dtype=texts)
     except ValueError as error:  # pandas' parser errors are among them
         raise DataError(f"{str(path)!r} can't be read as CSV: {error}") from error
     if not isinstance(frame.index, pandas.RangeIndex):  # pandas made the first column an index
@@ -249,10 +256,54 @@ def _from_list(rows: Sequence[Any], column: str, where: str) -> Dataset:
     columns = dict.fromkeys(key for row in rows for key in row)
     first = [{**dict.fromkeys(columns), **row} for row in rows[:1]]  # `from_list` takes its columns from it
     try:
-        # Tool calls differ in their arguments from row to row; such columns become JSON.
-        return Dataset.from_list([*first, *rows[1:]], on_mixed_types="use_json")
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{where} can't be made a table: {error}") from error
+        table = Dataset.from_list([*first, *rows[1:]], on_mixed_types="use_json")
+        # What differs from row to row becomes JSON, whole values or messages: see `as_json`.
+        mixed = {
+            name: List(Json()) if all(map(_is_conversation, (row.get(name) for row in rows))) else Json()
+            for name, feature in table.features.items()
+            if _holds_json(feature) or _is_nested(name, feature)
+        }
+        if not mixed:
+            return table
+        features = Features({**table.features, **mixed})
+        return Dataset.from_list([as_json(row, features) for row in [*first, *rows[1:]]], features=features)
+    except (pyarrow.ArrowInvalid, OverflowError, UnicodeEncodeError) as error:
+        raise DataError(f"{where} can't be made a table{_culprit(rows)}: {error}") from error
+
+
+def as_json(row: Mapping[str, Any], features: Features) -> dict[str, Any]:
+    """The row with JSON in its `Json` columns, in the way that keeps every value.
+
+    Left to itself, datasets takes a string that happens to be JSON ("4", "true") for what it says, and keeps
+    ten digits of a number.
+    """
+    written = dict(row)
+    for name, value in row.items():
+        if value is not None and features.get(name) == Json():
+            written[name] = json.dumps(value)
+        elif value is not None and features.get(name) == List(Json()):
+            written[name] = [json.dumps(item) for item in value]
+    return written
+
+
+def _holds_json(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return any(map(_holds_json, feature.values()))
+    return isinstance(feature, Json) or (hasattr(feature, "feature") and _holds_json(feature.feature))
+
+
+def _is_conversation(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, Mapping) for item in value))
+
+
+def _culprit(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which row no table can hold by itself, as a part of an error message."""
+    for index, row in enumerate(rows):
+        try:
+            pyarrow.array([dict(row)])
+        except (pyarrow.ArrowInvalid, OverflowError, UnicodeEncodeError):
+            return f" (row {index})"
+    return ""
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {

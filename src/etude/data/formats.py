@@ -189,6 +189,9 @@ def to_episodes(
         case "segments":
             segments = _stored_segments(row, tokenizer, whole)
         case "messages":
+            if not isinstance(row["messages"], list):
+                found = type(row["messages"]).__name__
+                raise DataError(f"messages is a {found}; expected a list of messages")
             return _conversations(row, tokenizer, [], row["messages"], assistant_only_loss, whole, append_eos)
         case "prompt-completion" if isinstance(prompt, list) and isinstance(completion, list):
             return _conversations(row, tokenizer, prompt, completion, assistant_only_loss, whole, append_eos)

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _Span = tuple[int, int]
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # one thing; transformers knows all three names
+_UNHEARD_OF = "zqxjkvwq"  # in no text, and the same quoted or in JSON
 _SPACE = re.compile(r"\s+")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -99,6 +100,7 @@ class Rendering:
             rendering = replace(rendering, messages=[with_json_arguments(m) for m in marked], _rendered={})
             if rendering.messages == marked:
                 raise
+        rendering._tell_what_is_left_out()
         return rendering
 
     def text(self, count: int, add_generation_prompt: bool = False) -> str:
@@ -276,6 +278,29 @@ class Rendering:
             return asked + text[found + len(shown) :]
         raise self.rewritten(asked, text, position - 1, header=True)
 
+    def _tell_what_is_left_out(self) -> None:
+        """Warn of messages to the model, and of tools, that the template has no place for."""
+        text = self.text(len(self.messages))
+        shown = _SPACE.sub("", text)
+        for position, message in enumerate(self.messages):
+            content = message.get("content")
+            if message["role"] == "assistant" or not isinstance(content, str):
+                continue
+            if _SPACE.sub("", content) not in shown and not self._shows_at_all(position):
+                _warn_left_out(_describe(self.tokenizer), f"the messages of the role {message['role']!r}")
+        names = [_tool_name(tool) for tool in self.tools or ()]
+        if names and not any(name in text for name in names):
+            _warn_left_out(_describe(self.tokenizer), "the tools")
+
+    def _shows_at_all(self, position: int) -> bool:
+        """Whether a message's content is shown in any form (quoted, say): another is put in its place."""
+        messages = [*self.messages]
+        messages[position] = {**messages[position], "content": _UNHEARD_OF}
+        try:
+            return _UNHEARD_OF in replace(self, messages=messages, _rendered={}).text(len(messages))
+        except TemplateError:
+            return True  # it was read, at least
+
     def _complete(self, turn: Turn, position: int) -> Turn:
         """The turn, if the template shows all of the message; white space aside, which templates trim."""
         message = self.messages[position]
@@ -300,6 +325,18 @@ class Rendering:
         return turn.text.startswith(before) and wanted in _SPACE.sub("", turn.text[len(before) :])
 
 
+def _tool_name(tool: Any) -> str:
+    if callable(tool):
+        return str(getattr(tool, "__name__", tool))
+    described = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+    return str(described.get("name", ""))
+
+
+@cache
+def _warn_left_out(template: str, what: str) -> None:
+    logger.warning("%s leaves out %s; no model reads them (said once per template)", template, what)
+
+
 @cache
 def _warn_not_shown(template: str, name: str) -> None:
     logger.warning(
@@ -313,8 +350,8 @@ def _check(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer {_name(tokenizer)} has no chat template, so it can't render messages; take a "
-            "chat model's tokenizer, set `tokenizer.chat_template`, or give plain text (`text`, or `prompt` "
-            "and `completion` as strings)"
+            "chat model's tokenizer, give a template (`chat_template_path`, or `tokenizer.chat_template`), "
+            "or plain text (`text`, or `prompt` and `completion` as strings)"
         )
 
 

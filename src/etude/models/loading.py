@@ -91,6 +91,8 @@ def load_chat_template(name_or_path: str | os.PathLike[str]) -> str:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path.read_text(encoding="utf-8")
+    if path.suffix in (".jinja", ".jinja2", ".j2", ".txt"):
+        raise ModelError(f"there is no chat template {str(path)!r}; relative paths start at {os.getcwd()!r}")
     template = load_tokenizer(name_or_path).chat_template
     if not isinstance(template, str):
         raise ModelError(f"the tokenizer of {str(name_or_path)!r} has no chat template; give a Jinja file")

@@ -154,9 +154,10 @@ def _check_combination(combination: str, density: float | None, mixes: bool) -> 
 def _mergeable(name: str) -> PeftConfig:
     config = find_adapter(name, {})
     if config is None:
+        where = "" if os.path.isdir(name) else f", nor is there a directory of that name in {os.getcwd()!r}"
         raise ModelError(
-            f"{name!r} holds no adapter (there is no adapter_config.json); expected one that peft saved. "
-            "Full models can be averaged, two or more of them"
+            f"{name!r} holds no adapter (there is no adapter_config.json{where}); expected one that peft "
+            "saved. Full models can be averaged, two or more of them"
         )
     if config.is_prompt_learning:
         raise ModelError(

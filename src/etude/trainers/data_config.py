@@ -9,6 +9,16 @@ import torch
 from transformers import TrainingArguments
 
 from etude.errors import ConfigError
+from etude.trainers.data_checks import check_trackers
+
+_LEAST = {
+    "learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "seed": 0,
+}
 
 
 @dataclass
@@ -21,13 +31,15 @@ class DataConfig(TrainingArguments):
         logging_nan_inf_filter: False unless given: a loss of NaN is shown as it is.
         remove_unused_columns: False unless given: the dataset holds what the loss needs and nothing else.
         label_names: the batch's own entry with one label for each item that the loss is a mean over.
-        max_length: longer rows are cut, and it is said how many were. None keeps everything.
+        max_length: longer rows are cut, and it is said how many were. None keeps everything. A model with a
+            table of positions (GPT-2, OPT, BART) lowers it to what the table holds.
         chat_template_path: a Jinja file, or the directory or hub id of a tokenizer, whose template renders
             messages; for base models, which have none. It is saved with the tokenizer.
         append_eos: end texts and completions with the end-of-sequence token.
         disable_dropout: train without dropout.
         early_stopping_patience: evaluations without a better metric_for_best_model (the loss, unless given)
-            after which training ends; the best checkpoint is loaded then.
+            after which training ends; the best checkpoint is loaded then. Each better evaluation leaves one,
+            whatever save_strategy says besides; save_total_limit drops the others.
         dataset_num_proc: processes that tokenise.
         model_init_kwargs: for `from_pretrained`, where the model is given by name.
     """
@@ -53,13 +65,28 @@ class DataConfig(TrainingArguments):
             raise ConfigError(
                 f"max_length is {self.max_length}; expected None or at least 2: one to read, one to learn"
             )
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ConfigError("fp16 does nothing without a GPU; set bf16, or leave it out")
         if self.early_stopping_patience is not None:
             if self.early_stopping_patience < 1 or self.eval_strategy == "no":
                 raise ConfigError(
                     "early_stopping_patience counts evaluations: give at least 1, and set eval_strategy to "
                     "steps or epoch"
                 )
-            self.load_best_model_at_end = True
+            if self.save_strategy == "no":
+                raise ConfigError(
+                    "early_stopping_patience goes back to the best checkpoint, and save_strategy no keeps "
+                    "none; leave save_strategy out, or set it to best"
+                )
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            # transformers would have checkpoints at the steps of evaluations only (see `BestSoFar`).
+            self.load_best_model_at_end = False
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
         super().__post_init__()
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
+        check_trackers(self.report_to or ())
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch warns

@@ -19,6 +19,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -45,13 +45,17 @@ from etude.errors import ConfigError
 from etude.models.adapters import add_adapter
 from etude.models.loading import load_chat_template, load_language_model
 from etude.models.onednn import onednn_linears
+from etude.models.tied import quiet_about_tied
 from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.runtime.processes import leave_group
+from etude.trainers.best import BestSoFar
+from etude.trainers.data_checks import check_evaluation, check_origin, settings_explained, within_positions
 from etude.trainers.data_config import DataConfig
 from etude.trainers.means import Means, Sums
+from etude.trainers.resuming import check_weights, checkpoint_to_resume
 from etude.trainers.run_recorder import RunRecorder
-from etude.trainers.setup import check_fits, disable_dropout
+from etude.trainers.setup import check_fits, check_precision, disable_dropout
 
 Model = PreTrainedModel | PeftModel
 
@@ -103,32 +107,37 @@ class DataTrainer(Trainer):
         name = model if isinstance(model, str) else str(trunk_of(model).config.name_or_path or "")
         if args is None:
             args = self.config_class(output_dir=f"{Path(name).name or 'model'}-{self.method}")
-        self._check(args, name, processing_class)
+        check_origin(args, self.config_class, name, processing_class)
+        check_evaluation(args, eval_dataset)
         self.base_model_name = name
         self.tokenizer = AutoTokenizer.from_pretrained(name) if processing_class is None else processing_class
         if args.chat_template_path is not None:
             self.tokenizer.chat_template = load_chat_template(args.chat_template_path)
-        self.args = args  # which tokenising reads
         set_seed(args.seed)  # before a head or an adapter draws its weights
         model = self._prepared(model, args, peft_config)
+        check_precision([p for p in model.parameters() if p.requires_grad], optimizers[0], "bf16=True")
+        args = within_positions(args, trunk_of(model))
+        self.args = args  # which tokenising reads
         self.prepare(model)
         evaluated: Any = eval_dataset
         if isinstance(eval_dataset, Mapping):
             evaluated = {key: self.tokenize(rows) for key, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             evaluated = self.tokenize(eval_dataset)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=self.collate,
-            train_dataset=None if train_dataset is None else self.tokenize_for_training(train_dataset),
-            eval_dataset=evaluated,
-            processing_class=self.tokenizer,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        trained = None if train_dataset is None else self.tokenize_for_training(train_dataset)
+        with settings_explained():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=self.collate,
+                train_dataset=trained,
+                eval_dataset=evaluated,
+                processing_class=self.tokenizer,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
         if args.n_gpu > 1:
             raise ConfigError(
                 f"this process sees {args.n_gpu} GPUs; start one process for each by `accelerate launch`, or "
@@ -139,8 +148,8 @@ class DataTrainer(Trainer):
             self.remove_callback(shown)
         self.recorder = RunRecorder(self.method)
         self.add_callback(self.recorder)
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.load_best_model_at_end:
+            self.add_callback(BestSoFar(args.early_stopping_patience))
         self._means = {"train": Means(), "eval": Means()}
 
     # ---- what a trainer is ----
@@ -180,14 +189,25 @@ class DataTrainer(Trainer):
 
     # ---- what transformers' loop calls ----
 
-    def train(self, *args: Any, **options: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any
+    ) -> TrainOutput:
         """As transformers'. Ctrl-C ends it after the step that runs, with a checkpoint.
 
         Raises:
+            CheckpointError: there is none to go on from, or it isn't this model's.
             KeyboardInterrupt: after that checkpoint.
         """
-        with self.recorder.watching():
-            return super().train(*args, **options)
+        assert isinstance(self.model, nn.Module)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        if checkpoint is not None:
+            check_weights(checkpoint, self.model)
+        with self.recorder.watching(), quiet_about_tied(trunk_of(self.model)):
+            return super().train(checkpoint, *args, **options)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        with settings_explained():
+            return super().create_optimizer(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -354,20 +374,17 @@ class DataTrainer(Trainer):
             trainer=type(self).__name__,
             method=self.method,
             base_model=base_model or self.base_model_name,
-            config_summary={n: getattr(self.args, n) for n in (*_ON_THE_CARD, *self.on_the_card)},
+            config_summary=self._settings_on_the_card(),
             library_name="peft" if hasattr(self.model, "peft_config") else "transformers",
             **more,
         )
 
-    # ---- before it begins ----
+    def _settings_on_the_card(self) -> dict[str, Any]:
+        unused = "num_train_epochs" if self.args.max_steps > 0 else "max_steps"
+        values = {n: getattr(self.args, n) for n in (*_ON_THE_CARD, *self.on_the_card) if n != unused}
+        return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
-    def _check(self, args: Any, name: str, processing_class: Any) -> None:
-        if not isinstance(args, self.config_class):
-            raise ConfigError(f"args are a {type(args).__name__}; expected an {self.config_class.__name__}")
-        if processing_class is None and not name:
-            raise ConfigError(
-                "the model doesn't say where it came from; pass its tokenizer as processing_class"
-            )
+    # ---- before it begins ----
 
     def _prepared(self, model: str | Model, args: DataConfig, peft_config: PeftConfig | None) -> Model:
         if isinstance(model, str):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from etude.errors import CheckpointError
 from etude.reporting.report import write_report
@@ -50,7 +51,6 @@ class RunRecorder(TrainerCallback):
         self._interrupts: list[int] = []
         self._display: TrainingDisplay | None = None
         self._started = time.monotonic()
-        self._results: dict[str, float] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -82,6 +82,8 @@ class RunRecorder(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._interrupts:
             control.should_save = control.should_training_stop = True
+            if args.save_strategy == SaveStrategy.BEST:  # an evaluation would decide whether to save
+                control.should_evaluate = False
 
     def on_log(
         self,
@@ -96,10 +98,8 @@ class RunRecorder(TrainerCallback):
             return
         run = RunDirectory(args.output_dir)
         run.append_metrics(state.global_step, metrics)
-        results = {name.removeprefix(TWIN): value for name, value in metrics.items() if TWIN in name}
-        if results and state.global_step == 0:
+        if state.global_step == 0 and (results := evaluated_at(state, 0)):
             run.update_summary({"before": results})
-        self._results = results or self._results
         if self._display is not None:
             self._display.update(state.global_step, metrics)
 
@@ -112,8 +112,28 @@ class RunRecorder(TrainerCallback):
             return
         run = RunDirectory(args.output_dir)
         values: dict[str, Any] = {"seed": args.seed, "seconds": time.monotonic() - self._started}
-        run.update_summary(values | ({"after": self._results} if self._results else {}))
+        goes_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        step = state.best_global_step if goes_back else last_evaluated(state)
+        if step:
+            values["after"] = evaluated_at(state, step)
+        run.update_summary(values)
         write_report(run.path)
+
+
+def evaluated_at(state: TrainerState, step: int) -> dict[str, float]:
+    """What was measured at a step, on all of the evaluation sets."""
+    return {
+        _curve(name).removeprefix(TWIN): value
+        for entry in state.log_history
+        for name, value in entry.items()
+        if entry["step"] == step and name.startswith("eval_") and _is_curve(name, value)
+    }
+
+
+def last_evaluated(state: TrainerState) -> int | None:
+    """The step of the last evaluation; None before the first."""
+    steps = [int(entry["step"]) for entry in state.log_history if any(n.startswith("eval_") for n in entry)]
+    return max(steps, default=None)
 
 
 def _is_curve(name: str, value: Any) -> bool:

@@ -40,8 +40,17 @@ def make_accelerator(config: OnlineConfig) -> Accelerator:
     return accelerator
 
 
-def check_precision(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+def check_precision(
+    trained: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+    half_precision: str = "accelerator_kwargs={'mixed_precision': 'bf16'}",
+) -> None:
     """Whether Adam's small steps arrive: adapters and value heads are in float32, other weights as loaded.
+
+    Args:
+        trained: parameters.
+        optimizer: the caller's own, if any: what its steps are isn't known.
+        half_precision: the setting that computes in it.
 
     Raises:
         ModelError: weights to train are float16: their gradients underflow, and Adam divides by 0.
@@ -49,7 +58,7 @@ def check_precision(trained: Sequence[nn.Parameter], optimizer: torch.optim.Opti
     kinds = {parameter.dtype for parameter in trained}
     advice = (
         "load the model in float32 (dtype='float32'), and compute in half precision by "
-        "accelerator_kwargs={'mixed_precision': 'bf16'}; or train an adapter, which is float32"
+        f"{half_precision}; or train an adapter, which is float32"
     )
     if torch.float16 in kinds:
         raise ModelError(

@@ -25,7 +25,7 @@ from etude.data.files import Rows, load_rows
 from etude.data.formats import DEMONSTRATIONS, to_episodes
 from etude.data.packing import best_fit
 from etude.data.source_target import to_source_target
-from etude.errors import ConfigError
+from etude.errors import ConfigError, DataError
 from etude.models.scorer import TokenScorer
 from etude.trainers.data_trainer import DataTrainer, Model
 from etude.trainers.means import Sums
@@ -223,4 +223,9 @@ def _formatted(
     if formatting_func is None:
         return row
     formatted = formatting_func(dict(row))
+    if not isinstance(formatted, str | Mapping):
+        raise DataError(
+            f"formatting_func returned a {type(formatted).__name__}; expected a text, or a row (a dict) in "
+            "one of the formats"
+        )
     return {"text": formatted} if isinstance(formatted, str) else formatted

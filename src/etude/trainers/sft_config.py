@@ -41,6 +41,8 @@ class SFTConfig(DataConfig):
                 f"packing_strategy is {self.packing_strategy!r}; expected bfd or bfd_split. (What is called "
                 "wrapped elsewhere lets texts read their neighbours; bfd_split keeps all tokens without that)"
             )
+        if self.packing_strategy != "bfd" and not self.packing:
+            raise ConfigError("packing_strategy does nothing without packing; set packing too")
         if self.loss_type not in ("nll", "dft"):
             raise ConfigError(f"loss_type is {self.loss_type!r}; expected nll or dft")
         if self.loss_type == "dft" and self.label_smoothing_factor:
