@@ -128,6 +128,18 @@ def base_of(adapter: PeftConfig, name: str) -> str:
 
 
 @contextmanager
+def said_of_base(name: str) -> Iterator[None]:
+    """Inside, what can't be loaded is the base model of the adapter in `name`, and the error says so."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"the base model of the adapter in {name!r}, which its adapter_config.json names, can't be "
+            f"loaded: {error}"
+        ) from error
+
+
+@contextmanager
 def current_peft() -> Iterator[None]:
     """Silence what no user could act on.
 
