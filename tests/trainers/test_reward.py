@@ -261,7 +261,7 @@ def test_what_is_cut_and_left_out_is_said(make_trainer, tokenizer, caplog):
     ]
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 3 rows are longer than max_length=5 and are cut",
-        "1 of 3 rows have answers that max_length leaves no difference of and are left out",
+        "1 of 3 rows have two answers that are the same as far as they are read and are left out",
     ]
 
 

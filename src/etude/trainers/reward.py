@@ -104,7 +104,7 @@ class RewardTrainer(ScoreTrainer):
             dataset,
             _tokenize_pair,
             self.args,
-            what="have answers that max_length leaves no difference of",
+            what="have two answers that are the same as far as they are read",
             tokenizer=self.tokenizer,
             append_eos=self.args.append_eos,
             max_length=self.limit,
