@@ -54,6 +54,7 @@ class Evaluation:
         tallies: the sums that the measures are made of, by condition.
         confidence: of the intervals.
         seconds: wall time.
+        has_tools: whether it could call any.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Evaluation:
     tallies: Mapping[str, Tally]
     confidence: float
     seconds: float
+    has_tools: bool = True
 
     @cached_property
     def measures(self) -> dict[str, Measures]:
@@ -99,6 +101,7 @@ class Evaluation:
         return {
             "name": self.name,
             "seconds": self.seconds,
+            "has_tools": self.has_tools,
             "shares": list(shares),
             "conditions": _plain(self.measures),
             "changes": _plain(self.changes),
@@ -159,7 +162,8 @@ def evaluate(
     check_success(success_reward, world)
     _check(greedy or _is_greedy(world), samples, pass_at, confidence)
     rows = [dict(row) for row in load_rows(tasks, column="prompt")]
-    conditions = make_conditions(noise, tool_noise, bool(tools_of(world)))
+    has_tools = bool(tools_of(world))
+    conditions = make_conditions(noise, tool_noise, has_tools)
     # What can go wrong without a model goes wrong before one plays.
     tasks_of = {each.name: each.tasks(rows, columns, mix(seed, _NOISE)) for each in conditions}
     _check_rewards(world, rows)
@@ -181,7 +185,8 @@ def evaluate(
             metrics=metrics_of(world),
             environments=parts_of(world),
         )
-    return Evaluation(name, rows, samples, episodes, tallies, confidence, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Evaluation(name, rows, samples, episodes, tallies, confidence, seconds, has_tools)
 
 
 def record_of(evaluation: Evaluation, other: Evaluation | None = None) -> dict[str, Any]:
