@@ -68,7 +68,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
         )
     if isinstance(model, PeftModel):
         raise ModelError(
-            "the model carries an adapter already: leave peft_config out, or pass the base model"
+            "the model carries an adapter already: leave peft_config (use_peft) out, or pass the base model"
         )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model)

@@ -143,7 +143,7 @@ def load_causal_lm(
     adapter = find_adapter(name, place)
     if adapter is not None and peft_config is not None:
         raise ModelError(
-            f"{name!r} is an adapter already, and peft_config asks for a new one. Leave peft_config out to "
+            f"{name!r} is an adapter already, and peft_config (use_peft) asks for a new one. Leave it out to "
             f"go on with this one, or load its base model {adapter.base_model_name_or_path!r} to start afresh"
         )
     options = {**options, "dtype": checked_dtype(dtype), "trust_remote_code": trust_remote_code}

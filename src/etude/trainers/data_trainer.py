@@ -357,7 +357,7 @@ class DataTrainer(Trainer):
 
     def _check(self, args: Any, name: str, processing_class: Any) -> None:
         if not isinstance(args, self.config_class):
-            raise ConfigError(f"args are a {type(args).__name__}; expected an {self.config_class.__name__}")
+            raise ConfigError(f"args are of {type(args).__name__}; expected {self.config_class.__name__}")
         if processing_class is None and not name:
             raise ConfigError(
                 "the model doesn't say where it came from; pass its tokenizer as processing_class"
@@ -376,7 +376,9 @@ class DataTrainer(Trainer):
         if peft_config is None:
             return model
         if hasattr(model, "peft_config"):
-            raise ConfigError("the model already has an adapter; leave peft_config out to go on training it")
+            raise ConfigError(
+                "the model already has an adapter; leave peft_config (use_peft) out to go on training it"
+            )
         return self.add_adapter_to(model, peft_config)
 
 
