@@ -249,7 +249,7 @@ def test_an_encoder_decoder_is_refused_before_its_decoder_is_torn_out(tmp_path: 
 
 
 @pytest.mark.parametrize("labels", [1, 3])
-def test_no_head_is_left_at_random(labels: int, tmp_path: Path) -> None:
+def test_no_head_is_left_at_random(labels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A reward model given as the policy would answer at random, and train."""
     config = LlamaConfig(**{**tiny_llama().config.to_dict(), "num_labels": labels})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
@@ -257,6 +257,7 @@ def test_no_head_is_left_at_random(labels: int, tmp_path: Path) -> None:
         ModelError, match=r"lacks 'lm_head.weight'.*random.*LlamaForSequenceClassification; expected a lang"
     ):
         load_causal_lm(tmp_path)
+    assert "LOAD REPORT" not in caplog.text
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:

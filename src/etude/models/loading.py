@@ -240,9 +240,10 @@ def _load_trunk(
         )
     with explained("the model", name), quiet_about(unexpected=harmless) as seen:
         loaded: Any = auto.from_pretrained(name, output_loading_info=True, **options)
-        model, seen["info"] = loaded
-    missing = sorted(seen["info"]["missing_keys"])
-    if missing and not headless:
+        model, info = loaded
+        missing = [] if headless else sorted(info["missing_keys"])
+        seen["info"] = {} if missing else info  # an error says it instead of a report
+    if missing:
         raise ModelError(
             f"the checkpoint in {name!r} lacks {missing[0]!r}"
             + (f" and {len(missing) - 1} more" if missing[1:] else "")
