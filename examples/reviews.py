@@ -225,6 +225,7 @@ def main() -> None:
         config=here / "reviews_ppo.yaml",
         model_name_or_path=directory / "sft",
         reward_model=directory / "reward_model",
+        reward=[f"{here / 'reviews.py'}:{watching.name}" for watching in (sentiment, grammatical)],
         train_dataset=directory / "data/prompts.jsonl",
         eval_dataset=directory / "data/held_out_prompts.jsonl",
         output_dir=directory / "ppo",

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from etude.app.cli import main as etude
+from etude.app.references import load_object
 from etude.data.files import load_rows
 from etude.runtime.loop import run_sync
 from etude.runtime.run import RunDirectory
@@ -143,3 +144,19 @@ def test_the_whole_way(example, tmp_path, monkeypatch, capsys):
         "sentiment": 0.0,
         "grammatical": 0.0,
     }
+
+
+def test_it_runs_from_anywhere(example, tmp_path, monkeypatch):
+    """Its settings name code by paths that start at the repository."""
+    commands = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example, "SIZES", dict.fromkeys(example.SIZES, 1))
+    monkeypatch.setattr(
+        example, "run_command", lambda command, **options: commands.update({command: options})
+    )
+    monkeypatch.setattr(example, "show", lambda *arguments: None)
+    monkeypatch.setattr("sys.argv", ["reviews.py"])
+    example.main()
+    assert list(commands) == ["sft", "reward", "ppo"]
+    watching = [load_object(reference) for reference in commands["ppo"]["reward"]]
+    assert [each.name for each in watching] == ["sentiment", "grammatical"]

@@ -94,6 +94,9 @@ def test_a_command_from_a_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 2
     assert captured.out == "\n$ etude ppo --learnin_rate=0.0001\n", "what one would type"
     assert "did you mean --learning_rate?" in captured.err
+    with pytest.raises(SystemExit):
+        run_command("ppo", reward=["a.py:b", "c.py:d"], model="e")
+    assert capsys.readouterr().out == "\n$ etude ppo --reward a.py:b c.py:d --model=e\n"
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,7 +152,12 @@ def test_an_earlier_evaluation_is_kept_unless_told(
     ("arguments", "message"),
     [
         (["--noise", "charcters"], "there is no noise 'charcters'; expected one of characters, words"),
-        (["--noise", "characters(rates=1)"], "can't be called with (rates=1)"),
+        (
+            ["--noise", "characters(rates=1)"],
+            "the noise 'characters(rates=1)': CharacterNoise can't be called with (rates=1): got an "
+            "unexpected keyword argument 'rates'; its arguments are rate, edits, protect",
+        ),
+        (["--noise", "characters(rate=0.1"], "'characters(rate=0.1' has no closing parenthesis"),
         (["--noise", "characters(rate=2)"], "rate is 2; expected between 0 and 1"),
         (["--noise", "words", "words"], "the noise words is there twice"),
         (["--noise", "mine.py:digit"], "there is no 'digit' in mine.py; did you mean digits?"),
@@ -176,6 +182,52 @@ def test_mistakes(
     assert error.startswith("etude: error: ")
     assert message in error
     assert not Path("out/evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--noise", "words", "--noise_columns", "text"], "has no text in 'text'"),
+        (["--compare_to", "empty"], "'empty' holds no tokenizer"),
+        (["--compare_to", "headless"], "has no config.json"),
+        (["--reward", "mine.py:lacking"], "'lacking' needs 'answer', which no column provides"),
+    ],
+)
+def test_what_a_model_is_not_needed_for_is_found_out_before_one_plays(
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    tokenizer: Any,
+    arguments: list[str],
+    message: str,
+) -> None:
+    Path("empty").mkdir()
+    tokenizer.save_pretrained("headless")
+    with Path("mine.py").open("a") as file:
+        file.write("\ndef lacking(completions, answer):\n    return [0.0 for _ in completions]\n")
+    assert evaluate(*arguments) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "clean" not in said.out
+    assert not Path("out").exists()
+
+
+def test_the_first_model_is_kept_where_the_second_breaks(
+    workplace: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are damaged, which nothing but loading them tells; and what was there before is replaced
+    only by something."""
+    assert evaluate("--max_tasks=3") == 0
+    shutil.copytree(models / "gpt2", "damaged")
+    Path("damaged/model.safetensors").write_bytes(b"damaged")
+    other = ["--max_tasks=2", "--overwrite_output_dir"]
+    assert evaluate(*other, "--model_name_or_path=damaged") == 2
+    assert RunDirectory("out").read_evaluation()["tasks"] == 3
+    assert evaluate(*other, "--compare_to=damaged") == 2
+    assert "can't be loaded from the directory 'damaged'" in capsys.readouterr().err
+    run = RunDirectory("out")
+    assert run.read_evaluation()["tasks"] == 2
+    assert list(run.read_evaluation()["models"]) == ["A"]
+    assert len(run.read_episodes()) == 2
 
 
 def test_it_runs_in_one_process(

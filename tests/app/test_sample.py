@@ -70,6 +70,15 @@ def test_it_goes_on_and_chooses_anew(sample: Any, capsys: pytest.CaptureFixture[
     assert "were played with generation" in capsys.readouterr().err
 
 
+def test_what_chooses_nothing_says_so(sample: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample("--num_samples=1", "--min_reward=2") == 0
+    out = capsys.readouterr().out
+    assert "0 rows: runs/samples/segments.jsonl\nnothing is good enough to be a row" in out
+    assert "nats" not in out, "of one there is no best"
+    assert sample("--num_samples=1", "--min_reward=-1", "--resume") == 0
+    assert "6 rows: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["dpo", "reward", "kto"])
 def test_what_was_better_is_learnt(sample: Any, command: str) -> None:
     rated = ["--format=unpaired-preference", "--min_reward=0.2"]

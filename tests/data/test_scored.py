@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from scoring_models import encoder_tokenizer, make
@@ -28,6 +30,10 @@ def test_a_text_ends_as_its_tokenizer_ends_texts(tokenizer, encoders):
     assert scored_ids(ids, tokenizer, append_eos=False).ids == ids
     assert scored_ids([*ids, eos], tokenizer).ids == [*ids, eos]
     assert scored_ids([], tokenizer).ids == [eos]
+    assert scored_ids([*ids, tokenizer.unk_token_id], tokenizer).ids == [*ids, tokenizer.unk_token_id, eos]
+    like_gpt2 = copy.deepcopy(tokenizer)
+    like_gpt2.unk_token = like_gpt2.eos_token
+    assert scored_ids([*ids, eos], like_gpt2).ids == [*ids, eos]
     whole = encoders("ab")["input_ids"]
     for append_eos in (True, False):  # [SEP] is no option
         assert scored_ids(whole[:-1], encoders, append_eos=append_eos).ids == whole

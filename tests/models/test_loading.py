@@ -19,8 +19,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
     CLIPVisionConfig,
     GPT2Config,
     LlamaConfig,
@@ -111,6 +114,14 @@ def test_a_directory_without_a_tokenizer(config: object, tmp_path: Path) -> None
     """transformers would build one from the configuration, with no vocabulary in it."""
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"tokenizer.*{tmp_path.name}|{tmp_path.name}.*tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_directory_of_something_else_holds_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no tokenizer; expected .*It holds nothing"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ModelError, match=r"holds no tokenizer; expected .*It holds metrics\.jsonl"):
         load_tokenizer(tmp_path)
 
 
@@ -208,6 +219,19 @@ def test_directories_that_hold_no_decoder(tmp_path: Path) -> None:
         load_causal_lm(tmp_path / "vision")
 
 
+def test_an_encoder_is_no_decoder(tmp_path: Path) -> None:
+    """transformers would load it, and let each position see the token that it is to say."""
+    config = BertConfig(
+        vocab_size=31, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"is an encoder \(bert\)"):
+        load_causal_lm(tmp_path)
+    config.is_decoder = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load_causal_lm(tmp_path).config.is_decoder
+
+
 def test_an_encoder_decoder_is_refused_before_its_decoder_is_torn_out(tmp_path: Path) -> None:
     config = BartConfig(
         vocab_size=31,
@@ -223,6 +247,18 @@ def test_an_encoder_decoder_is_refused_before_its_decoder_is_torn_out(tmp_path: 
     BartForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="encoder-decoder"):
         load_causal_lm(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_no_head_is_left_at_random(labels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A reward model given as the policy would answer at random, and train."""
+    config = LlamaConfig(**{**tiny_llama().config.to_dict(), "num_labels": labels})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"lacks 'lm_head.weight'.*random.*LlamaForSequenceClassification; expected a lang"
+    ):
+        load_causal_lm(tmp_path)
+    assert "LOAD REPORT" not in caplog.text
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:
@@ -300,6 +336,14 @@ def test_an_adapter_that_names_no_base(tmp_path: Path) -> None:
     add_adapter(tiny_llama(), lora_config(4, 8)).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"doesn't say .*adapter_config\.json"):
         load_causal_lm(tmp_path)
+
+
+def test_an_adapter_whose_base_is_gone(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    load_causal_lm(tmp_path / "base", peft_config=lora_config(4, 8)).save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"base model of the adapter in '.*adapter', .*adapter_config\.json"):
+        load_causal_lm(tmp_path / "adapter")
 
 
 # -- out of wrappers ----------------------------------------------------------------------------------

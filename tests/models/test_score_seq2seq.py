@@ -1,5 +1,7 @@
 """Reward models on encoder–decoders: of which models they are made, what they score, and which texts."""
 
+import copy
+
 import pytest
 import torch
 from encoder_decoders import EOS, FIRST, make_seq2seq, seq2seq_tokenizer
@@ -118,6 +120,22 @@ def played(tokenizer, row, answer):
             Segment("model", row[answer], said, logprobs=zeros, sampling_logprobs=zeros, policy_version=0),
         ]
     )
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_padding_token_that_also_ends_texts_is_kept(family, tokenizer, tmp_path):
+    """Without any, the decoder of what was saved couldn't begin."""
+    language_model = make_seq2seq(family)
+    language_model.config.pad_token_id = EOS
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    config = RewardConfig(output_dir=str(tmp_path), report_to="none")
+    trainer = RewardTrainer(language_model, config, train_dataset=ROWS, processing_class=tokenizer)
+    trainer.save_model()
+    text = {"prompt": "say 1: ", "completion": "yess"}
+    before = ModelReward(trainer.model, tokenizer).score_texts([text, {**text, "completion": "no"}])
+    after = ModelReward(tmp_path).score_texts([text, {**text, "completion": "no"}])
+    assert after == pytest.approx(before, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -97,10 +97,24 @@ def test_curves_are_grouped_by_prefix_and_ordered_for_the_reader() -> None:
     names = ["zeta", "loss", "policy__clip", "iteration", "kl", "time__update", "reward", "response_length"]
     found = groups(rows_of(**{name: [1.0, 2.0] for name in names}))
     assert [(group.title, [chart.name for chart in group.charts]) for group in found] == [
-        ("", ["reward", "kl", "response_length", "loss", "zeta", "iteration"]),
+        ("", ["reward", "kl", "loss", "response_length", "zeta", "iteration"]),
         ("Policy", ["policy/clip"]),
         ("Time", ["time/update"]),
     ]
+
+
+def test_a_reward_models_accuracy_comes_first() -> None:
+    names = ["mean_reward", "loss", "grad_norm", "learning_rate", "accuracy", "margin", "brier"]
+    (found,) = groups(rows_of(**{name: [1.0, 2.0] for name in names}))
+    assert [chart.name for chart in found.charts][:3] == ["accuracy", "loss", "mean_reward"]
+
+
+def test_calls_of_tools_are_drawn_where_there_are_some() -> None:
+    none = {"reward": [0.5, 1.0], "tool_use": [0.0, 0.0], "tool_errors": [0.0, 0.0], "turns": [0.0, 0.0]}
+    (found,) = groups(rows_of(**none))
+    assert [chart.name for chart in found.charts] == ["reward", "turns"]
+    (found,) = groups(rows_of(**none | {"tool_use": [0.0, 0.5]}))
+    assert [chart.name for chart in found.charts] == ["reward", "tool_use", "turns"]
 
 
 def test_only_the_first_dozen_curves_are_open() -> None:

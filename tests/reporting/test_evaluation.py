@@ -63,6 +63,19 @@ def test_one_model():
     assert headlines(ONE) == ["runs/a\\x1b", "1,500 tasks, 1 episode each; intervals of 90 % over tasks"]
 
 
+def test_tools_are_shown_where_there_are_any():
+    def rows(has_tools, calls):
+        whole = model("a", 0.8, 0.5) | ({} if has_tools is None else {"has_tools": has_tools})
+        whole["conditions"]["clean"] |= {"tool_use": measure(calls), "tool_calls": measure(calls)}
+        return [row[0] for row in texts(tables({**ONE, "models": {"A": whole}})[1])]
+
+    without = ["Success", "Tokens", "Stop submitted"]
+    assert rows(False, 0.0) == without
+    assert rows(False, 0.5) == [*without, "Tool use", "Tool calls"]
+    shown = ["Success", "Tokens", "Tool errors", "Stop submitted", "Tool use", "Tool calls"]
+    assert rows(True, 0.0) == rows(None, 0.0) == shown
+
+
 def test_two_models():
     conditions, measures = tables(TWO)
     assert conditions.columns == measures.columns == ["", "A", "B", "A − B"]

@@ -295,6 +295,31 @@ def test_a_level_s_scores_are_checked():
         score(broken, [two_turns()])
 
 
+def test_columns_are_checked_before_anything_is_played():
+    def exact(completions, answers, prompts, episodes=(), weight=1.0):
+        return [0.0 for _ in completions]
+
+    FunctionReward(exact).check_columns(["prompt", "answers"])
+    with pytest.raises(RewardError, match=r"'exact' needs 'answers', which no column provides; found"):
+        FunctionReward(exact).check_columns(["prompt", "answer"])
+    FunctionReward(exact, columns={"answers": "answer"}).check_columns(["prompt", "answer"])
+    FunctionReward(exact, columns={"answers": len}).check_columns(["prompt"])
+
+    def within(completions, turns):
+        return [[0.0] for _ in completions]
+
+    FunctionReward(within, level="turn").check_columns([])
+    with pytest.raises(RewardError, match="needs 'turns'"):
+        FunctionReward(within).check_columns([])
+
+    def last(segments, answers):
+        return [0.0 for _ in segments]
+
+    SegmentReward(last, answers=["4"]).check_columns(["prompt"])
+    with pytest.raises(RewardError, match="'last' needs 'answers'"):
+        SegmentReward(last).check_columns(["prompt"])
+
+
 def test_a_reward_is_no_segment_reward():
     with pytest.raises(RewardError, match=r"reward_fn is the reward 'exact_match'; pass it among rewards=\["):
         SegmentReward(FunctionReward(exact_match))

@@ -50,10 +50,12 @@ def test_what_is_not_a_finite_number(bad):
         check_scores([1, bad, 1, 1], "exact", FOUR)
 
 
-def test_all_bad_episodes_are_named():
+def test_bad_episodes_are_named():
     nan = math.nan
     with pytest.raises(RewardError, match=r"for episode 0, prompt 'one' \(and for 2 more: 2, 3\)"):
         check_scores([nan, 1.0, nan, nan], "exact", FOUR)
+    with pytest.raises(RewardError, match=r"\(and for 39 more: 1, 2, 3, 4, 5, 6, 7, 8, …\)"):
+        check_scores([nan] * 40, "exact", FOUR * 10)
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,7 @@ def test_data_of_another_kind(make_llama, tokenizer, tmp_path):
         (DPOTrainer, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 loss_weights and 2 losses"),
         (DPOTrainer, {"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing does nothing without"),
         (DPOTrainer, {"loss_type": "exo_pair"}, "exo_pair needs a label_smoothing above 0"),
+        (DPOTrainer, {"loss_type": ["robust", "sft"]}, "robust needs a label_smoothing above 0"),
         (DPOTrainer, {"label_smoothing": 0.5}, "expected 0 <= label_smoothing < 0.5"),
         (DPOTrainer, {"discopop_tau": 0.1}, "discopop_tau does nothing without loss_type=discopop"),
         (DPOTrainer, {"f_alpha_divergence_coef": 0.1}, "does nothing without f_divergence_type="),

@@ -261,7 +261,7 @@ def test_what_is_cut_and_left_out_is_said(make_trainer, tokenizer, caplog):
     ]
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 3 rows are longer than max_length=5 and are cut",
-        "1 of 3 rows have answers that max_length leaves no difference of and are left out",
+        "1 of 3 rows have two answers that are the same as far as they are read and are left out",
     ]
 
 
@@ -301,7 +301,7 @@ def test_where_training_can_start(make_trainer, tokenizer, tmp_path):
     assert torch.equal(make_trainer(critic).model.score.weight, critic.v_head.summary.weight)
     with pytest.raises(ModelError, match="has 2 labels; expected one"):
         make_trainer(make("Bert", "SequenceClassification", len(tokenizer), num_labels=2))
-    with pytest.raises(ConfigError, match="expected an RewardConfig"):
+    with pytest.raises(ConfigError, match="args are of SFTConfig; expected RewardConfig"):
         RewardTrainer(language_model, SFTConfig(output_dir=str(tmp_path)), processing_class=tokenizer)
     with pytest.raises(ConfigError, match="center_rewards_coefficient is -1"):
         settings(tmp_path, center_rewards_coefficient=-1)

@@ -64,9 +64,11 @@ def run_command(command: str, **options: object) -> None:
     """A command from a script, printed as one would type it; where it fails, the script ends with its code.
 
     Args:
-        options: as `--name=value`.
+        options: as `--name=value`, or of a list as `--name value value`.
     """
-    words = [command, *(f"--{name}={value}" for name, value in options.items())]
+    words = [command]
+    for name, value in options.items():
+        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     print("\n$ etude", *words, flush=True)
     if code := main(words):
         sys.exit(code)

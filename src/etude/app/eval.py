@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from etude.data.noise import SHIPPED, Noise, Paraphrase, as_noise
 from etude.errors import ConfigError
 from etude.evaluation.evaluate import Evaluation, evaluate
 from etude.evaluation.record import write_evaluation
-from etude.models.loading import best_device, load_language_model, load_tokenizer
+from etude.models.loading import best_device, holds_encoder_decoder, load_language_model, load_tokenizer
 from etude.reporting.terminal import TrainingDisplay
 from etude.runtime.run import RunDirectory
 from etude.sampling.local import LocalSampler
@@ -37,7 +37,7 @@ def run(
     """Play, print a table, and leave numbers, episodes and a report in `config.output_dir`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("etude eval runs in one process; start it without accelerate launch")
-    directory = _open(config)
+    directory = _checked(config)
     code = EnvironmentCode.load(episodes)
     rows = tasks.rows()
     noises = {
@@ -48,15 +48,19 @@ def run(
     if config.compare_to is not None:
         other = replace(model_arguments, model_name_or_path=config.compare_to)
         models.append(replace(other, model_revision=config.compare_revision))
-    found, tokenizers = [], []
+    # Both are looked at before the first plays: that may take long.
+    tokenizers = [load_tokenizer(**arguments.tokenizer_place) for arguments in models]
     for arguments in models:
-        evaluation, tokenizer = _evaluate(arguments, code, rows, config, noises)
-        found.append(evaluation)
-        tokenizers.append(tokenizer)
-    found[0].show(*found[1:])
+        holds_encoder_decoder(arguments.model_name_or_path, **arguments.loading)
     settings = {**asdict(model_arguments), **asdict(tasks), **asdict(episodes), **asdict(config)}
-    directory.write_config(settings)
-    report = write_evaluation(directory, found, tokenizers, episodes_to_log=config.episodes_to_log)
+    found: list[Evaluation] = []
+    for arguments, tokenizer in zip(models, tokenizers, strict=True):
+        found.append(_evaluate(arguments, tokenizer, code, rows, config, noises))
+        directory.reset()  # an earlier evaluation, or that of the first model alone
+        directory.write_config(settings)
+        spelt = tokenizers[: len(found)]
+        report = write_evaluation(directory, found, spelt, episodes_to_log=config.episodes_to_log)
+    found[0].show(*found[1:])
     print(f"report: {report}")
 
 
@@ -91,7 +95,14 @@ def load_noises(
 def _load(reference: str) -> Any:
     head, arguments = re.fullmatch(r"(\w*)(.*)", reference, re.DOTALL).groups()  # type: ignore[union-attr]
     if head in SHIPPED and arguments[:1] in ("", "("):
-        return load_object(f"etude.data.noise:{SHIPPED[head].__name__}{arguments or '()'}")
+        if arguments and not arguments.endswith(")"):
+            raise ConfigError(f"the noise {reference!r} has no closing parenthesis; quote it in a shell")
+        try:
+            return load_object(f"etude.data.noise:{SHIPPED[head].__name__}{arguments or '()'}")
+        except ConfigError as error:
+            known = ", ".join(each.name for each in fields(SHIPPED[head]))
+            message = str(error).removeprefix("etude.data.noise:")
+            raise ConfigError(f"the noise {reference!r}: {message}; its arguments are {known}") from error
     if ":" not in reference:
         raise ConfigError(
             f"there is no noise {reference!r}; expected one of {', '.join(SHIPPED)}, perhaps with arguments "
@@ -100,30 +111,29 @@ def _load(reference: str) -> Any:
     return load_object(reference)
 
 
-def _open(config: EvaluationArguments) -> RunDirectory:
+def _checked(config: EvaluationArguments) -> RunDirectory:
+    """Where results go; nothing that is there is touched before there are some."""
     directory = RunDirectory(config.output_dir)
     if directory.read_metrics():
         raise ConfigError(f"{directory.path} holds a training run; choose another output_dir")
-    if directory.read_evaluation():
-        if not config.overwrite_output_dir:
-            raise ConfigError(
-                f"{directory.path} holds an earlier evaluation; choose another output_dir, or replace it "
-                "with overwrite_output_dir"
-            )
-        directory.reset()
+    if directory.read_evaluation() and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"{directory.path} holds an earlier evaluation; choose another output_dir, or replace it with "
+            "overwrite_output_dir"
+        )
     return directory
 
 
 def _evaluate(
     arguments: FixedModelArguments,
+    tokenizer: Any,
     code: EnvironmentCode,
     rows: Any,
     config: EvaluationArguments,
     noises: dict[str, dict[str, Noise]],
-) -> tuple[Evaluation, Any]:
-    """One model's evaluation, and its tokenizer."""
+) -> Evaluation:
+    """One model's evaluation."""
     name = arguments.model_name_or_path
-    tokenizer = load_tokenizer(**arguments.tokenizer_place)
     model = load_language_model(name, device=best_device(), is_trainable=False, **arguments.loading)
     sampler = LocalSampler(
         model,
@@ -145,7 +155,7 @@ def _evaluate(
         display.update(played, {})
 
     with display:
-        evaluation = evaluate(
+        return evaluate(
             code.environment(model, tokenizer, sampler=sampler, seed=config.seed),
             rows,
             **noises,
@@ -160,4 +170,3 @@ def _evaluate(
             name=name if arguments.model_revision is None else f"{name} ({arguments.model_revision})",
             on_episode=count,
         )
-    return evaluation, tokenizer

@@ -72,9 +72,14 @@ def run(
         f"{summary.episodes} episodes of {summary.tasks} tasks: mean reward {summary.reward:.4g}, "
         f"best of {arguments.num_samples} {summary.best_reward:.4g}"
     )
-    if summary.kl_bound is not None:
+    if summary.kl_bound:
         print(f"the best of {arguments.num_samples} is at most {summary.kl_bound:.3g} nats from the model")
-    print(f"{summary.rows} rows: {summary.file}")
+    print(f"{summary.rows} row{'' if summary.rows == 1 else 's'}: {summary.file}")
+    if not summary.rows:
+        print(
+            "nothing is good enough to be a row; with --resume another --min_reward, --min_margin or "
+            "--num_samples chooses again"
+        )
     print(f"report: {write_report(arguments.output_dir)}")
 
 

@@ -57,7 +57,9 @@ def scored_ids(
             the answer.
     """
     ids, end = list(token_ids), end_ids(tokenizer)
-    ended = bool(ids) and ids[-1] in special_token_ids(tokenizer)
+    # An unknown word ends nothing; but GPT-2's token for these is its end-of-sequence token.
+    ending = (special_token_ids(tokenizer) - {tokenizer.unk_token_id}) | {tokenizer.eos_token_id}
+    ended = bool(ids) and ids[-1] in ending
     if not end and append_eos and not ended and tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]
     if end and ids[-len(end) :] != end:

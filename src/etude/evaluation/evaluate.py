@@ -27,13 +27,14 @@ from etude.environments.orchestrator import play_episodes
 from etude.environments.text import TextEnvironment
 from etude.environments.traits import metrics_of, parts_of, sampler_of, temperatures_of, tools_of
 from etude.errors import ConfigError, DataError
-from etude.evaluation.conditions import CLEAN, Condition, Noises, make_conditions
+from etude.evaluation.conditions import CLEAN, Noises, make_conditions
 from etude.evaluation.measures import Measures, compare, measure
 from etude.evaluation.tally import Tally, tally
 from etude.math.counters import mix
 from etude.math.intervals import check_confidence
 from etude.protocols import Environment, Sampler
 from etude.reporting.evaluation import print_evaluation
+from etude.rewards.function import FunctionReward, SegmentReward
 from etude.runtime.loop import run_sync
 from etude.sampling.greedy import GreedySampler
 from etude.types import Episode
@@ -53,6 +54,7 @@ class Evaluation:
         tallies: the sums that the measures are made of, by condition.
         confidence: of the intervals.
         seconds: wall time.
+        has_tools: whether it could call any.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Evaluation:
     tallies: Mapping[str, Tally]
     confidence: float
     seconds: float
+    has_tools: bool = True
 
     @cached_property
     def measures(self) -> dict[str, Measures]:
@@ -98,6 +101,7 @@ class Evaluation:
         return {
             "name": self.name,
             "seconds": self.seconds,
+            "has_tools": self.has_tools,
             "shares": list(shares),
             "conditions": _plain(self.measures),
             "changes": _plain(self.changes),
@@ -151,20 +155,26 @@ def evaluate(
     Raises:
         ConfigError: settings that contradict each other.
         DataError: tasks can't be read, or have no text to put noise into.
+        RewardError: a reward function needs a column that the tasks lack, or gives scores that are none.
     """
     started = time.monotonic()
     world = _environment(player, environment)
     check_success(success_reward, world)
     _check(greedy or _is_greedy(world), samples, pass_at, confidence)
     rows = [dict(row) for row in load_rows(tasks, column="prompt")]
-    conditions = make_conditions(noise, tool_noise, bool(tools_of(world)))
+    has_tools = bool(tools_of(world))
+    conditions = make_conditions(noise, tool_noise, has_tools)
+    # What can go wrong without a model goes wrong before one plays.
+    tasks_of = {each.name: each.tasks(rows, columns, mix(seed, _NOISE)) for each in conditions}
+    _check_rewards(world, rows)
     sampler = sampler_of(world, environment.get("sampler"))
     if greedy:
         sampler = GreedySampler(sampler)
     episodes, tallies = {}, {}
     for condition in conditions:
         told = None if on_episode is None else _telling(on_episode, condition.name)
-        played = _play(condition, world, sampler, rows, samples, columns, seed, told)
+        noisy_world = condition.environment(world, mix(seed, _NOISE))
+        played = _play(noisy_world, sampler, tasks_of[condition.name], samples, seed, told)
         episodes[condition.name] = played
         tallies[condition.name] = tally(
             played,
@@ -175,7 +185,8 @@ def evaluate(
             metrics=metrics_of(world),
             environments=parts_of(world),
         )
-    return Evaluation(name, rows, samples, episodes, tallies, confidence, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Evaluation(name, rows, samples, episodes, tallies, confidence, seconds, has_tools)
 
 
 def record_of(evaluation: Evaluation, other: Evaluation | None = None) -> dict[str, Any]:
@@ -229,22 +240,27 @@ def _check(greedy: bool, samples: int, pass_at: Sequence[int], confidence: float
         raise ConfigError(f"pass_at has {wrong[0]} and samples is {samples}; expected 1 <= k <= samples")
 
 
+def _check_rewards(environment: Environment, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse functions that lack a column, as far as that is known: other environments may make columns."""
+    if type(environment) is TextEnvironment:
+        columns = {name for row in rows for name in row}
+        for reward in environment.rewards:
+            if isinstance(reward, FunctionReward | SegmentReward):
+                reward.check_columns(columns)
+
+
 def _play(
-    condition: Condition,
     environment: Environment,
     sampler: Sampler,
-    rows: Sequence[dict[str, Any]],
+    tasks: Sequence[dict[str, Any]],
     samples: int,
-    columns: Sequence[str],
     seed: int,
     on_episode: Callable[[Episode], None] | None,
 ) -> list[list[Episode]]:
-    tasks = condition.tasks(rows, columns, mix(seed, _NOISE))
-    world = condition.environment(environment, mix(seed, _NOISE))
     each = [(place, sample) for place in range(len(tasks)) for sample in range(samples)]
     seeds = [mix(seed, _EPISODES, *pair) for pair in each]
     several = [tasks[place] for place, _ in each]
-    played = run_sync(play_episodes(world, several, sampler, seeds, on_episode))
+    played = run_sync(play_episodes(environment, several, sampler, seeds, on_episode))
     return [played[start : start + samples] for start in range(0, len(played), samples)]
 
 

@@ -68,7 +68,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
         )
     if isinstance(model, PeftModel):
         raise ModelError(
-            "the model carries an adapter already: leave peft_config out, or pass the base model"
+            "the model carries an adapter already: leave peft_config (use_peft) out, or pass the base model"
         )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model)
@@ -125,6 +125,18 @@ def base_of(adapter: PeftConfig, name: str) -> str:
             "hub id into its adapter_config.json, under base_model_name_or_path"
         )
     return locate(adapter.base_model_name_or_path, f"the base model of the adapter in {name!r}")
+
+
+@contextmanager
+def said_of_base(name: str) -> Iterator[None]:
+    """Inside, what can't be loaded is the base model of the adapter in `name`, and the error says so."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"the base model of the adapter in {name!r}, which its adapter_config.json names, can't be "
+            f"loaded: {error}"
+        ) from error
 
 
 @contextmanager

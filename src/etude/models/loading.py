@@ -22,6 +22,7 @@ from peft import (
 )
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 from etude.errors import ModelError
-from etude.models.adapters import add_adapter, base_of, current_peft, find_adapter
+from etude.models.adapters import add_adapter, base_of, current_peft, find_adapter, said_of_base
 from etude.models.places import HUB_OPTIONS, explained, find_file, locate
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
@@ -64,6 +65,11 @@ def load_tokenizer(
         ModelError: there is no such place, or no tokenizer in it.
     """
     name = locate(name_or_path, "a tokenizer")
+    if os.path.isdir(name) and not any(_OF_A_TOKENIZER.search(file) for file in os.listdir(name)):
+        raise ModelError(
+            f"the directory {name!r} holds no tokenizer; expected one as save_pretrained writes it. "
+            f"It holds {_listing(name)}"
+        )
     with explained("the tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, revision=revision
@@ -80,6 +86,10 @@ def load_tokenizer(
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+# One of these is in every directory that transformers finds a tokenizer in.
+_OF_A_TOKENIZER = re.compile(r"^config\.json$|token|vocab|merges|spiece|sentencepiece|\.(model|bpe|spm)$")
 
 
 def load_chat_template(name_or_path: str | os.PathLike[str]) -> str:
@@ -135,7 +145,7 @@ def load_causal_lm(
     adapter = find_adapter(name, place)
     if adapter is not None and peft_config is not None:
         raise ModelError(
-            f"{name!r} is an adapter already, and peft_config asks for a new one. Leave peft_config out to "
+            f"{name!r} is an adapter already, and peft_config (use_peft) asks for a new one. Leave it out to "
             f"go on with this one, or load its base model {adapter.base_model_name_or_path!r} to start afresh"
         )
     options = {**options, "dtype": checked_dtype(dtype), "trust_remote_code": trust_remote_code}
@@ -147,7 +157,8 @@ def load_causal_lm(
         model = _load_trunk(name, {**options, **place}, seq2seq=seq2seq)
     else:
         options = {**_without(options, "subfolder"), "revision": adapter.revision}
-        model = _load_trunk(base_of(adapter, name), options, seq2seq=seq2seq)
+        with said_of_base(name):
+            model = _load_trunk(base_of(adapter, name), options, seq2seq=seq2seq)
         with explained("the adapter", name), current_peft():
             model = PeftModel.from_pretrained(model, name, is_trainable=is_trainable, **place)
     if peft_config is not None:
@@ -224,9 +235,23 @@ def _load_trunk(
             f"{name!r} is a {config.model_type} model, of which transformers knows no causal language model; "
             "expected a decoder with a language-model head"
         )
+    elif not headless and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder:
+        raise ModelError(
+            f"{name!r} is an encoder ({config.model_type}), which reads the tokens that it would have to "
+            "foretell; expected a decoder or an encoder-decoder"
+        )
     with explained("the model", name), quiet_about(unexpected=harmless) as seen:
         loaded: Any = auto.from_pretrained(name, output_loading_info=True, **options)
-        model, seen["info"] = loaded
+        model, info = loaded
+        missing = [] if headless else sorted(info["missing_keys"])
+        seen["info"] = {} if missing else info  # an error says it instead of a report
+    if missing:
+        raise ModelError(
+            f"the checkpoint in {name!r} lacks {missing[0]!r}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
+            + f", which {type(model).__name__} needs; it would be random. It was saved from "
+            f"{', '.join(config.architectures or ()) or 'another model'}; expected a language model, whole"
+        )
     return model
 
 

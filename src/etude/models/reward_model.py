@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from etude.errors import ModelError
-from etude.models.adapters import add_adapter, base_of, current_peft, find_adapter
+from etude.models.adapters import add_adapter, base_of, current_peft, find_adapter, said_of_base
 from etude.models.head_files import load_head
 from etude.models.loading import checked_dtype, load_causal_lm, quiet_about
 from etude.models.places import HUB_OPTIONS, explained, locate
@@ -76,7 +76,9 @@ def load_reward_model(
         weights = load_peft_weights(name, device="cpu", **place)
         base = {**options, "revision": adapter.revision}
         base.pop("subfolder", None)
-        model = _load_classifier(base_of(adapter, name), kind, True, base, {"revision": adapter.revision})
+        with said_of_base(name):
+            at = base_of(adapter, name)
+            model = _load_classifier(at, kind, True, base, {"revision": adapter.revision})
         _check_head_is_saved(model, weights, name)
         with explained("the adapter", name), current_peft():
             model = PeftModel.from_pretrained(model, name, is_trainable=is_trainable, **place)

@@ -18,7 +18,11 @@ from etude.reporting.terminal import number
 Point = tuple[int, float | None]  # step and value; None where the run computed NaN or infinity
 
 # What a reader looks for first; other curves follow in the order in which the run wrote them.
-_FIRST = ("reward", "success", "tool_use", "kl", "length", "loss", "entropy", "ratio", "tokens_per_second")
+_FIRST = (
+    "reward", "success", "accuracy", "tool_use", "kl", "length", "loss", "entropy", "ratio",
+    "tokens_per_second",
+)  # fmt: skip
+_OF_TOOLS = ("tool_use", "tool_errors")
 _WORDS = {"kl": "KL", "lr": "learning rate", "grad": "gradient", "std": "std. dev.", "frac": "fraction"}
 _WORDS |= {"ppo": "PPO", "chrf": "chrF", "bleu": "BLEU", "ter": "TER", "rouge": "ROUGE"}
 _WORDS |= {f"rouge{kind}": f"ROUGE-{kind}" for kind in ("1", "2", "L")}
@@ -128,6 +132,7 @@ def groups(metrics: Sequence[Mapping[str, Any]]) -> list[Group]:
     for chart in _charts(metrics):
         prefix, slash, _ = chart.name.partition("/")
         members.setdefault(prefix if slash else "", []).append(chart)
+    members[""] = [c for c in members[""] if c.name not in _OF_TOOLS or _happens(c)]
     members[""].sort(key=lambda chart: _rank(chart.name))
     mixed = _environments([chart.name for charts in members.values() for chart in charts])
     environments = {name: _telling(members[name]) for name in mixed}
@@ -162,10 +167,13 @@ def _telling(charts: Sequence[Chart]) -> list[Chart]:
     def tells(chart: Chart) -> bool:
         if chart.name.startswith(f"{prefix}/rewards/"):
             return chart.series != rewards
-        happens = any(value for points in chart.series.values() for _, value in points)
-        return happens or rank(chart) <= _rank("success")
+        return _happens(chart) or rank(chart) <= _rank("success")
 
     return sorted(filter(tells, charts), key=rank)
+
+
+def _happens(chart: Chart) -> bool:
+    return any(value for points in chart.series.values() for _, value in points)
 
 
 def in_words(name: str) -> str:
@@ -175,7 +183,11 @@ def in_words(name: str) -> str:
 
 
 def _rank(name: str) -> int:
-    return next((n for n, word in enumerate(_FIRST) if word in (name, *name.split("_"))), len(_FIRST))
+    """Names that are in the list, then those with a word that is."""
+    if name in _FIRST:
+        return _FIRST.index(name)
+    place = next((n for n, word in enumerate(_FIRST) if word in name.split("_")), len(_FIRST))
+    return len(_FIRST) + place
 
 
 def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:

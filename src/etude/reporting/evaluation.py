@@ -21,6 +21,11 @@ from etude.reporting.terminal import number
 Record = Mapping[str, Any]
 CLEAN = "clean"
 _RARE = ("stop/", "tool_errors/")  # shown where they occur
+_OF_TOOLS = (
+    "tool_use",
+    "tool_errors",
+    "tool_calls",
+)  # and these where there are tools, or calls all the same
 _BETTER = ("success", "pass@", "reward")  # of all episodes, and of each environment's
 
 
@@ -98,9 +103,11 @@ def _by_measure(record: Record) -> TextTable:
     """Everything that was measured on the clean tasks; what is rare only where it occurs."""
     models = record["models"]
     clean = [model["conditions"][CLEAN] for model in models.values()]
+    has_tools = any(model.get("has_tools", True) for model in models.values())
+    rare = _RARE if has_tools else (*_RARE, *_OF_TOOLS)
     rows = []
     for name in dict.fromkeys(name for measures in clean for name in measures):
-        if name.startswith(_RARE) and not any(m[name]["value"] for m in clean if name in m):
+        if name.startswith(rare) and not any(m[name]["value"] for m in clean if name in m):
             continue
         share = any(name in model["shares"] for model in models.values())
         row = [Cell(in_words(visible(name))), *(Cell(_estimate(m.get(name), share)) for m in clean)]

@@ -31,10 +31,10 @@ FIELDS = {
 }
 
 
-def fields_with(more: Mapping[str, str]) -> dict[str, str]:
-    """`FIELDS` with others after the first."""
+def fields_with(more: Mapping[str, str], has_tools: bool = True) -> dict[str, str]:
+    """`FIELDS` with others after the first; without tools, none about them."""
     first, *rest = FIELDS.items()
-    return dict([first, *more.items(), *rest])
+    return dict([first, *more.items(), *(each for each in rest if has_tools or each[0] != "tool_use")])
 
 
 _PLAIN_LINES = 20  # in a whole run, where nothing can be redrawn

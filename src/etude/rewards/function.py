@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import Parameter
 from typing import Any
 
@@ -85,6 +85,17 @@ class FunctionReward:
         scores = await _call(self.function, arguments, self.name)
         return check_scores(scores, self.name, episodes, self.level)
 
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Say before anything is played what no task will provide.
+
+        Raises:
+            RewardError: a parameter that tasks of these columns can't fill.
+        """
+        own = {name for name in columns if name != "prompt"} | {"prompts", "completions", "episodes"}
+        own |= {name for name, place in self.columns.items() if callable(place) or place in columns}
+        own |= {"turns"} if self.level == "turn" else {"token_ids"} if self.level == "token" else set()
+        select_arguments(self._parameters, dict.fromkeys(sorted(own)), self.name)
+
 
 def reward(
     *, name: str | None = None, weight: float = 1.0, level: Level = "episode"
@@ -139,6 +150,11 @@ class SegmentReward:
         arguments = select_arguments(self._parameters, {**declared, **self.columns}, self.name)
         function = functools.partial(self.function, [episode.last_model_text for episode in episodes])
         return check_scores(await _call(function, arguments, self.name), self.name, episodes)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """As `FunctionReward.check_columns`."""
+        own = {name for name in columns if name != "prompt"} | self.columns.keys()
+        select_arguments(self._parameters, dict.fromkeys(sorted(own)), self.name)
 
 
 def as_reward(obj: Any) -> Reward:

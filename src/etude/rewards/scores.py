@@ -45,7 +45,8 @@ def check_scores(scores: Any, name: str, episodes: Sequence[Episode], level: Lev
         return [_within(score, name, i, episodes, level) for i, score in enumerate(scores)]
     numbers, wrong = _numbers(scores)
     if wrong:
-        more = f" (and for {len(wrong) - 1} more: {', '.join(map(str, wrong[1:]))})" if wrong[1:] else ""
+        named = [*map(str, wrong[1:_NAMED]), *(["…"] if wrong[_NAMED:] else [])]
+        more = f" (and for {len(wrong) - 1} more: {', '.join(named)})" if named else ""
         first = scores[wrong[0]]
         hint = '. A list per episode needs level="turn" or "token"' if isinstance(first, list | tuple) else ""
         raise RewardError(
@@ -55,6 +56,7 @@ def check_scores(scores: Any, name: str, episodes: Sequence[Episode], level: Lev
     return numbers
 
 
+_NAMED = 9  # episodes in a message
 _EACH = "a number, or None where it does not apply"
 _UNITS = {"turn": "turn", "token": "sampled token"}
 

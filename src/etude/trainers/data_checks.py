@@ -28,7 +28,7 @@ def check_origin(args: Any, config_class: type, name: str, processing_class: Any
         ConfigError: they aren't, or there is no telling.
     """
     if not isinstance(args, config_class):
-        raise ConfigError(f"args are a {type(args).__name__}; expected an {config_class.__name__}")
+        raise ConfigError(f"args are of {type(args).__name__}; expected {config_class.__name__}")
     if processing_class is None and not name:
         raise ConfigError("the model doesn't say where it came from; pass its tokenizer as processing_class")
 

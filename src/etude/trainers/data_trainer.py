@@ -399,7 +399,9 @@ class DataTrainer(Trainer):
         if peft_config is None:
             return model
         if hasattr(model, "peft_config"):
-            raise ConfigError("the model already has an adapter; leave peft_config out to go on training it")
+            raise ConfigError(
+                "the model already has an adapter; leave peft_config (use_peft) out to go on training it"
+            )
         return self.add_adapter_to(model, peft_config)
 
 

@@ -24,7 +24,8 @@ class DPOConfig(ReferenceConfig):
             added.
         loss_weights: of each of several losses; 1 by default.
         label_smoothing: share of pairs that are taken to be labelled the wrong way round (sigmoid,
-            sigmoid_norm, robust, aot, aot_unpaired); the ε of exo_pair, which needs one (1e-3).
+            sigmoid_norm, aot, aot_unpaired; robust, which needs one); the ε of exo_pair, which needs one
+            (1e-3).
         f_divergence_type: what holds the policy to its reference: reverse_kl, forward_kl, js_divergence,
             alpha_divergence.
         f_alpha_divergence_coef: the α of the α-divergence.
@@ -88,6 +89,11 @@ class DPOConfig(ReferenceConfig):
             self.require_unused("label_smoothing", f"one of the losses {', '.join(_SMOOTHED)}")
         if "exo_pair" in kinds and not self.label_smoothing:
             raise ConfigError("exo_pair needs a label_smoothing above 0; its paper takes 1e-3")
+        if "robust" in kinds and not self.label_smoothing:
+            raise ConfigError(
+                "robust needs a label_smoothing above 0, the share of pairs that are labelled the wrong way "
+                "round; with 0 it is sigmoid"
+            )
         if self.use_weighting and any(kind.startswith("aot") for kind in kinds):
             raise ConfigError(
                 "use_weighting weighs pairs, and aot sorts answers out of their pairs; leave one of them out"

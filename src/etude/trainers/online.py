@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.batch import Trajectory
 from etude.environments.mixed import by_environment
 from etude.environments.orchestrator import play_episodes
-from etude.environments.traits import max_length_of, parts_of
+from etude.environments.traits import max_length_of, parts_of, tools_of
 from etude.errors import ConfigError, DataError
 from etude.math.counters import mix
 from etude.models.value_model import ValueModel
@@ -111,7 +111,9 @@ class OnlineTrainer(ABC):
         display = TrainingDisplay(
             total,
             title=Path(run.path).name,
-            fields=fields_with({f"{name}/reward": name for name in self._parts}),
+            fields=fields_with(
+                {f"{name}/reward": name for name in self._parts}, has_tools=bool(tools_of(self._environment))
+            ),
             enabled=self.accelerator.is_main_process and not self.config.disable_progress,
         )
         display.message(self.describe_batches())

@@ -66,12 +66,13 @@ class ScoreTrainer(DataTrainer):
 
         Transformers itself finds a text's last token by the padding token of the model's configuration. One
         that also ends texts would hide their end, and isn't written: without any, a batch of texts is refused
-        there, not scored one token too early.
+        there, not scored one token too early. Encoder-decoders need theirs: their decoder begins with it.
         """
         trained: Any = self.model
         config = trunk_of(trained).config.get_text_config()
         pad, eos = config.pad_token_id, self.tokenizer.eos_token_id
-        config.pad_token_id = None if pad == eos else pad
+        if pad == eos and not config.is_encoder_decoder:
+            config.pad_token_id = None
         try:
             super().save_model(output_dir, _internal_call)
         finally:
@@ -103,7 +104,7 @@ class RewardTrainer(ScoreTrainer):
             dataset,
             _tokenize_pair,
             self.args,
-            what="have answers that max_length leaves no difference of",
+            what="have two answers that are the same as far as they are read",
             tokenizer=self.tokenizer,
             append_eos=self.args.append_eos,
             max_length=self.limit,
