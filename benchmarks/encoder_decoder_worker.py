@@ -273,6 +273,7 @@ def imitate(
     """SFT for so many steps, or until the time is up; how many steps."""
     config = SFTConfig(
         output_dir=str(directory),
+        overwrite_output_dir=True,
         max_steps=max_steps,
         per_device_train_batch_size=32,
         learning_rate=rate,

@@ -92,6 +92,7 @@ def supervise(
     optimizer = AdamW(model.parameters(), lr=request["settings"]["learning_rate"], weight_decay=0.0)
     config = SFTConfig(
         output_dir=str(Path(request["folder"]) / "run"),
+        overwrite_output_dir=True,
         per_device_train_batch_size=BATCH,
         max_steps=10**6,
         append_eos=False,

@@ -158,6 +158,7 @@ def main() -> None:
         model_name_or_path=directory / "model",
         train_dataset=directory / "data/demonstrations.jsonl",
         output_dir=directory / "sft",
+        overwrite_output_dir="true",
         seed=arguments.seed,
     )
     run_command(

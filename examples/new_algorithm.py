@@ -98,7 +98,8 @@ def train(directory: Path, warm_up: int = 400, max_steps: int = 80) -> None:
     write_data(data, seed=0)
     write_model(model, seed=0)
     recipe = {"config": Path(__file__).with_name("calculator_sft.yaml"), "max_steps": warm_up}
-    recipe |= {"per_device_train_batch_size": 32, "learning_rate": 3e-3, "output_dir": warm}
+    recipe |= {"per_device_train_batch_size": 32, "learning_rate": 3e-3}
+    recipe |= {"output_dir": warm, "overwrite_output_dir": True}
     run_command("sft", model_name_or_path=model, train_dataset=data / "demonstrations.jsonl", **recipe)
 
     tokenizer, sampling = AutoTokenizer.from_pretrained(warm), {"max_new_tokens": 24}

@@ -209,6 +209,7 @@ def main() -> None:
         model_name_or_path=directory / "model",
         train_dataset=directory / "data/reviews.jsonl",
         output_dir=directory / "sft",
+        overwrite_output_dir="true",
         seed=arguments.seed,
     )
     run_command(
@@ -218,6 +219,7 @@ def main() -> None:
         train_dataset=directory / "data/preferences.jsonl",
         eval_dataset=directory / "data/held_out_preferences.jsonl",
         output_dir=directory / "reward_model",
+        overwrite_output_dir="true",
         seed=arguments.seed,
     )
     run_command(

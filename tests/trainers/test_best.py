@@ -15,8 +15,9 @@ OTHERS = [{"prompt": "a dog ", "completion": "barks"}]  # what training on sums 
 
 def settings(directory, **options):
     defaults = {
-        "output_dir": str(directory), "max_steps": 30, "learning_rate": 0.1, "eval_strategy": "steps",
-        "eval_steps": 2, "early_stopping_patience": 3, "disable_tqdm": True, "use_cpu": True,
+        "output_dir": str(directory), "overwrite_output_dir": True, "max_steps": 30, "learning_rate": 0.1,
+        "eval_strategy": "steps", "eval_steps": 2, "early_stopping_patience": 3, "disable_tqdm": True,
+        "use_cpu": True,
     }  # fmt: skip
     return SFTConfig(**defaults | options)
 

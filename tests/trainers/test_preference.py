@@ -35,6 +35,7 @@ def made(kind, model, tokenizer, directory, rows=PAIRS, *, optimizer=None, **opt
     }
     settings = {
         "output_dir": str(directory),
+        "overwrite_output_dir": True,
         "max_steps": 1,
         "per_device_train_batch_size": 4,
         "save_strategy": "no",

@@ -19,6 +19,7 @@ ROWS = [
 def settings(directory, **options):
     defaults = {
         "output_dir": str(directory),
+        "overwrite_output_dir": True,
         "max_steps": 1,
         "per_device_train_batch_size": 5,
         "save_strategy": "no",

@@ -39,6 +39,7 @@ def made(kind, model, tokenizer, directory, rows=PAIRS, ref_model=None, peft_con
     evaluated = options.pop("eval_dataset", None)
     settings = {
         "output_dir": str(directory),
+        "overwrite_output_dir": True,
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "save_strategy": "no",

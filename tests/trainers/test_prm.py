@@ -43,9 +43,9 @@ def make_trainer(tmp_path, tokenizer):
         if model is None:
             model = make("Llama", "TokenClassification", len(tokenizer))
         defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path), "max_steps": 1, "per_device_train_batch_size": len(ROWS),
-            "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
-            "step_separator": ".",
+            "output_dir": str(tmp_path), "overwrite_output_dir": True, "max_steps": 1,
+            "per_device_train_batch_size": len(ROWS), "save_strategy": "no", "disable_tqdm": True,
+            "use_cpu": True, "logging_steps": 1, "step_separator": ".",
         }  # fmt: skip
         args = PRMConfig(**defaults | options)
         return PRMTrainer(model, args, train_dataset=rows, processing_class=tokenizer, **given)

@@ -3,7 +3,7 @@ import logging
 import pytest
 from peft import LoraConfig
 
-from etude.errors import CheckpointError
+from etude.errors import CheckpointError, ConfigError
 from etude.trainers.resuming import checkpoint_to_resume, newest_checkpoint
 from etude.trainers.sft import SFTTrainer
 from etude.trainers.sft_config import SFTConfig
@@ -15,9 +15,15 @@ ROWS = [{"prompt": f"{a}+5=", "completion": str(a + 5)} for a in range(4)]
 def make_trainer(tmp_path, tokenizer, make_llama):
     """Makes trainers of a run with a checkpoint at each of its three steps."""
 
-    def make(model=None, **options):
-        settings = {"max_steps": 3, "save_steps": 1, "use_cpu": True, "disable_tqdm": True}
-        config = SFTConfig(output_dir=str(tmp_path / "run"), **settings)
+    def make(model=None, overwrite=False, **options):
+        settings = {
+            "max_steps": 3,
+            "save_steps": 1,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        config = SFTConfig(output_dir=str(tmp_path / "run"), overwrite_output_dir=overwrite, **settings)
         model = model or make_llama()
         return SFTTrainer(model, config, train_dataset=ROWS, processing_class=tokenizer, **options)
 
@@ -65,3 +71,27 @@ def test_a_checkpoint_that_is_broken(tmp_path, make_trainer, caplog):
     weights.unlink()
     with pytest.raises(CheckpointError, match="checkpoint-3 holds no weights; name an earlier checkpoint"):
         make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tmp_path, make_trainer):
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="run holds an earlier run; resume it with resume_from_checkpoint"):
+        make_trainer().train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
+    trainer = make_trainer(overwrite=True, eval_dataset=ROWS)
+    trainer.evaluate()  # its row is no earlier run
+    (tmp_path / "run" / "checkpoint-7").mkdir()
+    trainer.train()
+    assert newest_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
+    assert not (tmp_path / "run" / "checkpoint-7").exists()
+    trainer.train()  # the same trainer once more goes on in its own run
+
+
+def test_evaluating_first_is_no_earlier_run(tmp_path, tokenizer, make_llama):
+    settings = {"max_steps": 1, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    rows = {"train_dataset": ROWS, "eval_dataset": ROWS}
+    trainer = SFTTrainer(
+        make_llama(), SFTConfig(str(tmp_path), **settings), processing_class=tokenizer, **rows
+    )
+    trainer.evaluate()
+    assert trainer.train().global_step == 1

@@ -48,6 +48,7 @@ def preferences(count: int, seed: int) -> list[dict[str, str]]:
 def settings(directory: Any, **options: Any) -> RewardConfig:
     defaults: dict[str, Any] = {
         "output_dir": str(directory),
+        "overwrite_output_dir": True,
         "max_steps": 1,
         "per_device_train_batch_size": len(ROWS),
         "save_strategy": "no",

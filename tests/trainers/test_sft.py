@@ -34,6 +34,7 @@ from etude.errors import CheckpointError, ConfigError, DataError, ModelError
 from etude.runtime.run import RunDirectory
 from etude.trainers.sft import SFTTrainer, smoothed_loss, tokenize_rows
 from etude.trainers.sft_config import SFTConfig
+from etude.types import Episode
 
 ROWS = [  # of different lengths, with different numbers of targets
     {"prompt": f"{a}+{b}=", "completion": str(a + b) * (1 + a % 3)} for a in range(4) for b in (5, 60)
@@ -95,6 +96,7 @@ def tiny_bart() -> BartForCausalLM:
 def settings(directory, **options: Any) -> SFTConfig:
     defaults: dict[str, Any] = {
         "output_dir": str(directory),
+        "overwrite_output_dir": True,
         "max_steps": 1,
         "per_device_train_batch_size": len(ROWS),
         "save_strategy": "no",
@@ -273,7 +275,7 @@ def test_models_and_settings_that_do_not_fit(tmp_path, tokenizer):
     )
     with pytest.raises(ConfigError, match="packing and neftune_noise_alpha are for decoders"):
         SFTTrainer(t5, settings(tmp_path, packing=True), train_dataset=ROWS, processing_class=tokenizer)
-    with pytest.raises(ConfigError, match="expected an SFTConfig"):
+    with pytest.raises(ConfigError, match="expected SFTConfig"):
         SFTTrainer(tiny_llama(), TrainingArguments(use_cpu=True), processing_class=tokenizer)
     with pytest.raises(ConfigError, match="pass its tokenizer"):
         SFTTrainer(tiny_llama(), args, train_dataset=ROWS)
@@ -557,9 +559,10 @@ def test_the_run_directory_tells_what_happened(tmp_path, tokenizer, capsys):
     assert "Mean token accuracy" in page
     SFTTrainer(tiny_llama(), args, **parts).train()  # over the old one, whose rows are gone
     assert len(run.read_metrics()) == len(rows)
-    (tmp_path / "run" / "episodes.jsonl").touch()
+    played = settings(tmp_path / "played", **options)
+    RunDirectory(tmp_path / "played").append_episodes(0, "train", [Episode()])
     with pytest.raises(CheckpointError, match="holds a run that played episodes"):
-        SFTTrainer(tiny_llama(), args, **parts).train()
+        SFTTrainer(tiny_llama(), played, **parts).train()
 
 
 def test_early_stopping_goes_back_to_the_best(tmp_path, tokenizer):

@@ -14,6 +14,7 @@ from transformers import set_seed
 from etude.app.arguments import DataArguments, ModelArguments, RunArguments
 from etude.errors import ConfigError
 from etude.models.loading import load_language_model, load_tokenizer
+from etude.runtime.run import RunDirectory
 from etude.trainers.data_config import DataConfig
 from etude.trainers.data_trainer import DataTrainer
 from etude.trainers.resuming import checkpoint_to_resume, newest_checkpoint
@@ -37,6 +38,8 @@ def learn(
         raise ConfigError("eval_dataset does nothing while eval_strategy is no; set it to epoch or steps")
     # Before minutes of preparation.
     checkpoint = checkpoint_to_resume(start.resume_from_checkpoint, str(config.output_dir))
+    if checkpoint is None:
+        RunDirectory(str(config.output_dir)).is_taken(config.overwrite_output_dir)
     train, validation = data.rows("train"), data.rows("eval")  # before the model: mistakes show at once
 
     set_seed(config.seed)  # a head that the model lacks starts at random

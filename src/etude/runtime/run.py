@@ -229,6 +229,20 @@ class RunDirectory:
                 with _replacing(file) as kept:
                     kept.writelines(line for line, row in _rows(file) if row["step"] <= step)
 
+    def is_taken(self, overwrite: bool) -> bool:
+        """Whether an earlier run is here, which starting anew has to `reset`.
+
+        Raises:
+            ConfigError: there is one, and it isn't to be overwritten.
+        """
+        taken = bool(self.read_metrics())
+        if taken and not overwrite:
+            raise ConfigError(
+                f"{self.path} holds an earlier run; resume it with resume_from_checkpoint, choose another "
+                "output_dir, or start anew in it with overwrite_output_dir"
+            )
+        return taken
+
     def reset(self) -> None:
         """Forget the run that is here, to start anew: rows, summary, and all checkpoints."""
         self.truncate_after(-1)

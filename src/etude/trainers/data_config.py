@@ -31,6 +31,8 @@ class DataConfig(TrainingArguments):
         logging_nan_inf_filter: False unless given: a loss of NaN is shown as it is.
         remove_unused_columns: False unless given: the dataset holds what the loss needs and nothing else.
         label_names: the batch's own entry with one label for each item that the loss is a mean over.
+        overwrite_output_dir: start anew in a directory that holds an earlier run; its curves and checkpoints
+            go.
         max_length: longer rows are cut, and it is said how many were. None keeps everything. A model with a
             table of positions (GPT-2, OPT, BART) lowers it to what the table holds.
         chat_template_path: a Jinja file, or the directory or hub id of a tokenizer, whose template renders
@@ -44,6 +46,7 @@ class DataConfig(TrainingArguments):
         model_init_kwargs: for `from_pretrained`, where the model is given by name.
     """
 
+    overwrite_output_dir: bool = False
     learning_rate: float = 2e-5
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 from pathlib import Path
@@ -34,7 +32,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -49,9 +46,11 @@ from etude.models.tied import quiet_about_tied
 from etude.models.wrappers import trunk_of
 from etude.runtime.model_card import write_model_card
 from etude.runtime.processes import leave_group
+from etude.runtime.run import RunDirectory
 from etude.trainers.best import BestSoFar
 from etude.trainers.data_checks import check_evaluation, check_origin, settings_explained, within_positions
 from etude.trainers.data_config import DataConfig
+from etude.trainers.each_row_once import EachRowOnce
 from etude.trainers.means import Means, Sums
 from etude.trainers.resuming import check_weights, checkpoint_to_resume
 from etude.trainers.run_recorder import RunRecorder
@@ -65,7 +64,7 @@ _ON_THE_CARD = (
 )  # fmt: skip
 
 
-class DataTrainer(Trainer):
+class DataTrainer(EachRowOnce):
     """Base of the trainers on data.
 
     Args:
@@ -151,6 +150,7 @@ class DataTrainer(Trainer):
         if args.load_best_model_at_end:
             self.add_callback(BestSoFar(args.early_stopping_patience))
         self._means = {"train": Means(), "eval": Means()}
+        self._found_a_run = bool(RunDirectory(str(args.output_dir)).read_metrics())
 
     # ---- what a trainer is ----
 
@@ -196,14 +196,23 @@ class DataTrainer(Trainer):
 
         Raises:
             CheckpointError: there is none to go on from, or it isn't this model's.
+            ConfigError: `output_dir` holds an earlier run, and `overwrite_output_dir` isn't set.
             KeyboardInterrupt: after that checkpoint.
         """
         assert isinstance(self.model, nn.Module)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         if checkpoint is not None:
             check_weights(checkpoint, self.model)
+        elif self._found_a_run:
+            self._start_anew()
         with self.recorder.watching(), quiet_about_tied(trunk_of(self.model)):
             return super().train(checkpoint, *args, **options)
+
+    def _start_anew(self) -> None:
+        run = RunDirectory(str(self.args.output_dir))
+        if run.is_taken(self.args.overwrite_output_dir) and self.is_world_process_zero():
+            run.reset()
+        self._found_a_run = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with settings_explained():
@@ -261,40 +270,6 @@ class DataTrainer(Trainer):
             return loss, None, None
         whole: Any = self._prepare_inputs(self.collate(inputs["rows"].rows))
         return (loss, *self.predictions(model, whole))
-
-    def own_batch(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        """A batch of those rows of an evaluation's that count here, and whether any does.
-
-        Where none does it is of one row all the same: other processes may wait for a forward.
-        """
-        rows = inputs["rows"].rows
-        own = self._own(len(rows))
-        batch: Any = self._prepare_inputs(self.collate(rows[: own or 1]))
-        return batch, own > 0
-
-    def _own(self, count: int) -> int:
-        """How many of a batch's rows count here: the last one is filled up, so that it can be divided."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder < 1:
-            return count
-        return min(max(state.remainder - self.accelerator.process_index * count, 0), count)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Of rows that are no batch yet, see `_own`."""
-        with self._uncollated():
-            return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        with self._uncollated():
-            return super().get_test_dataloader(test_dataset)
-
-    @contextmanager
-    def _uncollated(self) -> Iterator[None]:
-        collate, self.data_collator = self.data_collator, _keep_rows
-        try:
-            yield
-        finally:
-            self.data_collator = collate
 
     def predictions(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
         """What `compute_metrics` is given of a batch: predictions and labels."""
@@ -407,17 +382,6 @@ class DataTrainer(Trainer):
 
 def _items(batch: Mapping[str, Any]) -> int:
     return int((batch["labels"] != -100).sum())
-
-
-@dataclass
-class _Rows:
-    """Rows of a dataset. A class of its own, into which nobody looks for tensors to move."""
-
-    rows: list[Any]
-
-
-def _keep_rows(rows: list[Any]) -> dict[str, Any]:
-    return {"rows": _Rows(rows)}
 
 
 def _as_list(names: str | Sequence[str] | None) -> list[str]:

@@ -281,14 +281,8 @@ class OnlineTrainer(ABC):
             load_checkpoint(self, checkpoint)
             if main:
                 run.truncate_after(self.current_step)
-        elif run.read_metrics():
-            if not self.config.overwrite_output_dir:
-                raise ConfigError(
-                    f"{run.path} holds an earlier run; resume it with resume_from_checkpoint, choose another "
-                    "output_dir, or start anew in it with overwrite_output_dir"
-                )
-            if main:
-                run.reset()
+        elif run.is_taken(self.config.overwrite_output_dir) and main:
+            run.reset()
         if main:
             run.write_config({**self.config.to_dict(), **self.run_config})
         self.accelerator.wait_for_everyone()

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from etude.errors import CheckpointError
 from etude.reporting.report import write_report
 from etude.reporting.terminal import TrainingDisplay
-from etude.runtime.run import EPISODES, RunDirectory
+from etude.runtime.run import RunDirectory
 from etude.trainers.interrupt import interrupt_after
 
 # Metric → its name on the terminal.
@@ -67,7 +67,7 @@ class RunRecorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         run = RunDirectory(args.output_dir)
-        if (run.path / EPISODES).exists():
+        if run.read_episodes(limit=1):
             raise CheckpointError(
                 f"{run.path} holds a run that played episodes; choose another output_dir for this one"
             )
