@@ -101,7 +101,6 @@ def train(directory: Path, warm_up: int = 400, max_steps: int = 80) -> None:
     recipe |= {"per_device_train_batch_size": 32, "learning_rate": 3e-3}
     recipe |= {"output_dir": warm, "overwrite_output_dir": True}
     run_command("sft", model_name_or_path=model, train_dataset=data / "demonstrations.jsonl", **recipe)
-
     tokenizer, sampling = AutoTokenizer.from_pretrained(warm), {"max_new_tokens": 24}
     env = TextEnvironment(None, tokenizer, [calculator], rewards=exact_answer, generation_kwargs=sampling)
     config = SAPOConfig(
