@@ -28,7 +28,7 @@ demo: install
 	$(BIN)/python examples/calculator.py --seed $(SEED) --output_dir runs/calculator
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Lets TRL 1.16 make the numbers again that `make test` compares ours with, and fails where they have changed.
 test-peers: install
