@@ -224,6 +224,11 @@ def test_files(make_llama, make_gpt2, tokenizer, tmp_path):
     page = report.read_text("utf-8")
     assert "<h2>Evaluation</h2>" in page
     assert "A: llama" in page
+    assert re.findall("<caption>(.*)</caption>", page) == [
+        "Success by condition",
+        "On the clean tasks",
+        "Under words",
+    ]
     assert "<h2>Curves" not in page
     assert page.count('"split": "B/words"') == 4
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from etude.reporting.evaluation import Cell, headlines, print_evaluation, tables
+from etude.reporting.evaluation import Cell, headlines, noisy_tables, print_evaluation, tables
 
 
 def measure(value, low=None, high=None):
@@ -74,6 +74,22 @@ def test_tools_are_shown_where_there_are_any():
     assert rows(False, 0.5) == [*without, "Tool use", "Tool calls"]
     shown = ["Success", "Tokens", "Tool errors", "Stop submitted", "Tool use", "Tool calls"]
     assert rows(True, 0.0) == rows(None, 0.0) == shown
+
+
+def test_every_measure_under_noise():
+    [words] = noisy_tables(ONE)
+    assert (words.title, words.columns) == ("Under words", ["", "", "against clean"])
+    assert words.rows == [
+        [Cell("Success"), Cell("55.0 %  [0.0, 50.0]"), Cell("−25.0  [−30.0, −10.0]", "worse")],
+        [Cell("Obeyed"), Cell("5.0 %  [1.0, 20.0]"), Cell("+5.0")],
+    ]
+    [both] = noisy_tables(TWO)
+    assert [cell.text for cell in both.rows[1]] == [
+        "Obeyed",
+        *["5.0 %  [1.0, 20.0]"] * 2,
+        "+4.0  [+1.0, +10.0]",
+    ]
+    assert both.rows[1][3].tone == "worse"
 
 
 def test_two_models():

@@ -21,11 +21,7 @@ from etude.reporting.terminal import number
 Record = Mapping[str, Any]
 CLEAN = "clean"
 _RARE = ("stop/", "tool_errors/")  # shown where they occur
-_OF_TOOLS = (
-    "tool_use",
-    "tool_errors",
-    "tool_calls",
-)  # and these where there are tools, or calls all the same
+_OF_TOOLS = ("tool_use", "tool_errors", "tool_calls")  # where there are tools, or calls all the same
 _BETTER = ("success", "pass@", "reward")  # of all episodes, and of each environment's
 
 
@@ -78,7 +74,13 @@ def headlines(record: Record) -> list[str]:
 
 
 def tables(record: Record) -> list[TextTable]:
-    return [_by_condition(record), _by_measure(record)]
+    """Success by condition, and all measures of the clean tasks."""
+    return [_by_condition(record), _by_measure(record, CLEAN)]
+
+
+def noisy_tables(record: Record) -> list[TextTable]:
+    """All measures under each noise."""
+    return [_by_measure(record, name) for name in record["models"]["A"]["conditions"] if name != CLEAN]
 
 
 def _by_condition(record: Record) -> TextTable:
@@ -87,37 +89,50 @@ def _by_condition(record: Record) -> TextTable:
     compared = "B" in models
     changes = record["differences"] if compared else models["A"]["changes"]
     rows = []
-    for name, good in (("success", 1), ("obeyed", -1)):
+    for name in ("success", "obeyed"):
         for condition, measures in models["A"]["conditions"].items():
             if name not in measures:
                 continue
             title = visible(condition) if name == "success" else f"{visible(condition)}, obeyed"
             found = [_estimate(model["conditions"][condition].get(name), True) for model in models.values()]
-            change = _difference(changes.get(condition, {}).get(name), True, good)
+            change = _difference(changes.get(condition, {}).get(name), True, _goodness(name))
             rows.append([Cell(title), *map(Cell, found), change])
     columns = ["", "A", "B", "A − B"] if compared else ["", "success", "against clean"]
     return TextTable("Success by condition", columns, rows)
 
 
-def _by_measure(record: Record) -> TextTable:
-    """Everything that was measured on the clean tasks; what is rare only where it occurs."""
+def _by_measure(record: Record, condition: str) -> TextTable:
+    """Everything that was measured under a condition; what is rare only where it occurs.
+
+    Of one model under noise also what the noise changes.
+    """
     models = record["models"]
-    clean = [model["conditions"][CLEAN] for model in models.values()]
+    measured = [model["conditions"][condition] for model in models.values()]
     has_tools = any(model.get("has_tools", True) for model in models.values())
     rare = _RARE if has_tools else (*_RARE, *_OF_TOOLS)
+    columns, changes = ["", ""], None
+    if len(models) > 1:
+        columns, changes = ["", "A", "B", "A − B"], record["differences"].get(condition, {})
+    elif condition != CLEAN:
+        columns, changes = ["", "", "against clean"], models["A"]["changes"].get(condition, {})
     rows = []
-    for name in dict.fromkeys(name for measures in clean for name in measures):
-        if name.startswith(rare) and not any(m[name]["value"] for m in clean if name in m):
+    for name in dict.fromkeys(name for measures in measured for name in measures):
+        if name.startswith(rare) and not any(m[name]["value"] for m in measured if name in m):
             continue
         share = any(name in model["shares"] for model in models.values())
-        row = [Cell(in_words(visible(name))), *(Cell(_estimate(m.get(name), share)) for m in clean)]
-        if len(models) > 1:
-            better = name.startswith(_BETTER) or name.partition("/")[2].startswith(_BETTER)
-            good = 1 if better else 0
-            row.append(_difference(record["differences"][CLEAN].get(name), share, good))
+        row = [Cell(in_words(visible(name))), *(Cell(_estimate(m.get(name), share)) for m in measured)]
+        if changes is not None:
+            row.append(_difference(changes.get(name), share, _goodness(name)))
         rows.append(row)
-    columns = ["", "A", "B", "A − B"] if len(models) > 1 else ["", ""]
-    return TextTable("On the clean tasks", columns, rows)
+    title = "On the clean tasks" if condition == CLEAN else f"Under {visible(condition)}"
+    return TextTable(title, columns, rows)
+
+
+def _goodness(name: str) -> int:
+    """1 of a measure where more is better, −1 where less is, 0 where neither."""
+    if name == "obeyed":
+        return -1
+    return int(name.startswith(_BETTER) or name.partition("/")[2].startswith(_BETTER))
 
 
 # Numbers. In a file what isn't known is null, in memory it is NaN.

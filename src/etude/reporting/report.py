@@ -27,7 +27,7 @@ import yaml
 from etude.errors import CheckpointError, ConfigError
 from etude.reporting.curves import groups, in_words
 from etude.reporting.episodes import rewards_within, token_texts, visible
-from etude.reporting.evaluation import headlines, tables
+from etude.reporting.evaluation import headlines, noisy_tables, tables
 from etude.reporting.terminal import number
 from etude.types import Episode, NamedReward, Segment
 
@@ -72,7 +72,7 @@ def write_report(
         environments=_environments(summary),
         facts=_facts(summary, metrics, len(splits)),
         curves=curves,
-        evaluation=(headlines(evaluation), tables(evaluation)) if evaluation else None,
+        evaluation=[f(evaluation) for f in (headlines, tables, noisy_tables)] if evaluation else None,
         config=[(name, _text(value)) for name, value in _leaves(_read(run / "run.yaml", yaml.safe_load))],
         n_episodes=len(splits),
         data={"charts": [chart.data for group in curves for chart in group.charts], "episodes": episodes},
