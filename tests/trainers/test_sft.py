@@ -343,17 +343,23 @@ def test_a_run_that_is_resumed_ends_where_an_unbroken_one_does(tmp_path, tokeniz
     def trained(directory, *, resume: bool = False, **options: Any) -> dict[str, torch.Tensor]:
         args = settings(
             directory, save_strategy="steps", save_steps=2, per_device_train_batch_size=3, max_steps=5,
-            learning_rate=1e-2, **options,
+            learning_rate=1e-2, logging_steps=3, **options,
         )  # fmt: skip
         trainer = SFTTrainer(tiny_llama(), args, train_dataset=ROWS, processing_class=tokenizer)
         trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2") if resume else None)
         return trainer.model.state_dict()
 
-    unbroken = trained(tmp_path)
+    def curve() -> list[dict[str, float]]:
+        rows = RunDirectory(tmp_path).read_metrics()
+        return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+    unbroken, expected = trained(tmp_path), curve()
+    assert [row["step"] for row in expected] == [2, 3, 4, 5]  # each checkpoint's, where a mean begins anew
     assert (tmp_path / "checkpoint-2" / "README.md").exists()
     resumed = trained(tmp_path, resume=True)
     for name, weight in unbroken.items():
         torch.testing.assert_close(resumed[name], weight)
+    assert curve() == expected
 
 
 def test_nothing_is_reported_to_anyone_unless_asked(tmp_path):

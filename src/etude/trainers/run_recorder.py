@@ -84,6 +84,15 @@ class RunRecorder(TrainerCallback):
             control.should_save = control.should_training_stop = True
             if args.save_strategy == SaveStrategy.BEST:  # an evaluation would decide whether to save
                 control.should_evaluate = False
+        self._log_where_saved(control)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._log_where_saved(control)
+
+    def _log_where_saved(self, control: TrainerControl) -> None:
+        """A row is a mean since the last one, and who resumes has none of the steps before the checkpoint."""
+        if control.should_save or control.should_evaluate:  # which may find that it is the best so far
+            control.should_log = True
 
     def on_log(
         self,
