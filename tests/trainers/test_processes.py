@@ -1,5 +1,6 @@
 """Two processes: the same weights as one, and the command line under a launcher."""
 
+import json
 import os
 import re
 import runpy
@@ -357,6 +358,28 @@ def test_the_command_line_in_two_processes(model_directory, options):
     assert squares == [(8 + 8) ** 2] * 3, "of both processes' episodes together"
     assert len(re.findall("report:", done.stdout)) == 1, "only the main process speaks"
     assert steps_of(model_directory) == [1, 2], "16 episodes, 2 × 4 at a time"
+
+
+def test_training_on_data_from_the_command_line_in_two_processes(model_directory):
+    """Nobody says that there is no GPU, and the two are one run all the same."""
+    lines = [json.dumps({"text": "ab" * (1 + i)}) for i in range(6)]
+    (model_directory / "texts.jsonl").write_text("\n".join(lines))
+    values = {
+        "model_name_or_path": "model", "train_dataset": "texts.jsonl", "num_train_epochs": 1,
+        "per_device_train_batch_size": 1, "logging_steps": 1, "save_strategy": "no",
+    }  # fmt: skip
+
+    def losses(processes):
+        options = [f"--{name}={value}" for name, value in values.items()]
+        options += [f"--output_dir=run-{processes}", f"--gradient_accumulation_steps={2 // processes}"]
+        done = launch(processes, "-m", "etude", "sft", *options, cwd=model_directory)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(re.findall("report:", done.stdout)) == 1, "only the main process speaks"
+        return [row["loss"] for row in RunDirectory(model_directory / f"run-{processes}").read_metrics()]
+
+    expected = losses(1)
+    assert len(expected) == 3, "six rows, two a step"
+    assert losses(2) == pytest.approx(expected, rel=1e-5)
 
 
 def test_accelerate_launch(model_directory, options):

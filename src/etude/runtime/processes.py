@@ -1,10 +1,21 @@
-"""Leaving a group of processes. Not covered: joining one, which accelerate does."""
+"""Groups of processes: what accelerate, which makes them, has to be told, and how to leave one."""
 
 from __future__ import annotations
 
 import gc
+import os
 
+import torch
 from accelerate import Accelerator
+
+
+def several_on_cpu() -> bool:
+    """Whether this is one of several processes without a GPU that such could share (Apple's can't).
+
+    Left to itself, accelerate takes those for so many runs of their own.
+    """
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (device is None or device.type == "mps")
 
 
 def leave_group(accelerator: Accelerator) -> None:

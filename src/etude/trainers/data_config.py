@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from etude.errors import ConfigError
+from etude.runtime.processes import several_on_cpu
 from etude.trainers.data_checks import check_trackers
 
 _LEAST = {
@@ -87,6 +88,8 @@ class DataConfig(TrainingArguments):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if several_on_cpu():
+            self.use_cpu = True
         super().__post_init__()
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True

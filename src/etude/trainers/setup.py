@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,16 +18,15 @@ from etude.errors import ConfigError, ModelError
 from etude.models.loading import load_language_model
 from etude.models.value_head import load_with_value_head
 from etude.models.with_value_head import ModelWithValueHead
+from etude.runtime.processes import several_on_cpu
 from etude.trainers.online_config import OnlineConfig
 
 Policy = ModelWithValueHead | PreTrainedModel | PeftModel
 
 
 def make_accelerator(config: OnlineConfig) -> Accelerator:
-    # Left to itself, accelerate takes several processes without a GPU for so many runs of their own.
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(
-        cpu=several_on_cpu,
+        cpu=several_on_cpu(),
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(
             **{"project_dir": config.output_dir, "logging_dir": config.output_dir, **config.project_kwargs}
