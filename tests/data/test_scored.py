@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from scoring_models import encoder_tokenizer, make
+from scoring_models import encoder_tokenizer
 
 from etude.data.encoding import bos_ids, end_ids
 from etude.data.formats import to_episode
-from etude.data.scored import answered_ids, length_limit, pack_scored, scored_ids
+from etude.data.scored import answered_ids, pack_scored, scored_ids
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}[eos]\n{% endfor %}"
@@ -70,18 +70,6 @@ def test_the_models_last_words_are_the_last(tokenizer):
     assert answered_ids(played) == tokenizer("pm")["input_ids"]
     asked = to_episode({"segments": segments[:1]}, tokenizer)
     assert answered_ids(asked) == tokenizer("p")["input_ids"]
-
-
-def test_limits(tokenizer, encoders):
-    llama = make("Llama", "SequenceClassification", max_position_embeddings=40).config
-    assert length_limit(tokenizer, llama, None) == 40
-    assert length_limit(tokenizer, llama, 7) == 7
-    assert length_limit(tokenizer, llama, 700) == 40
-    roberta = make("Roberta", "SequenceClassification").config
-    assert length_limit(tokenizer, roberta, None) == 64, "its positions begin behind the padding token's"
-    tokenizer.model_max_length, before = 30, tokenizer.model_max_length
-    assert length_limit(tokenizer, llama, None) == 30
-    tokenizer.model_max_length = before
 
 
 def test_places_where_beginnings_are_shared():

@@ -1,8 +1,9 @@
 import pytest
 from encoder_decoders import make_seq2seq
+from scoring_models import make
 from transformers import OPTConfig, OPTForCausalLM
 
-from etude.models.positions import position_limit
+from etude.models.positions import length_limit, position_limit
 
 
 def tiny_opt():
@@ -16,8 +17,12 @@ def tiny_opt():
         (tiny_opt, 24),  # its table has two more
         (lambda: make_seq2seq("bart"), 64),
         (lambda: make_seq2seq("t5"), None),
+        (
+            lambda: make("Roberta", "SequenceClassification"),
+            64,
+        ),
     ],
-    ids=["opt", "bart", "t5"],
+    ids=["opt", "bart", "t5", "roberta"],
 )
 def test_models_with_a_table_of_positions(build, expected):
     assert position_limit(build()) == expected
@@ -26,3 +31,14 @@ def test_models_with_a_table_of_positions(build, expected):
 def test_decoders(make_llama, make_gpt2):
     assert position_limit(make_gpt2(n_positions=32)) == 32
     assert position_limit(make_llama()) is None
+
+
+def test_limits(tokenizer, monkeypatch):
+    llama = make("Llama", "SequenceClassification", max_position_embeddings=40).config
+    assert length_limit(tokenizer, llama, None) == 40
+    assert length_limit(tokenizer, llama, 7) == 7
+    assert length_limit(tokenizer, llama, 700) == 40
+    roberta = make("Roberta", "SequenceClassification").config
+    assert length_limit(tokenizer, roberta, None) == 64, "its positions begin behind the padding token's"
+    monkeypatch.setattr(tokenizer, "model_max_length", 30)
+    assert length_limit(tokenizer, llama, None) == 30

@@ -78,20 +78,6 @@ def answered_ids(episode: Episode) -> list[int]:
     return episode.token_ids[: ends[-1] if ends else None]
 
 
-def length_limit(tokenizer: PreTrainedTokenizerBase, config: Any, max_length: int | None) -> int | None:
-    """The least of `max_length` and what tokenizer and model can read."""
-    text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if getattr(text, "model_type", None) in _OFFSET and positions is not None:
-        positions -= text.pad_token_id + 1  # positions are counted from there
-    limits = (max_length, tokenizer.model_max_length, positions)
-    # A tokenizer without a limit says 1e30.
-    return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
-
-
-_OFFSET = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer")
-
-
 def pack_scored(
     sequences: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], *, share: bool = False
 ) -> dict[str, Any]:

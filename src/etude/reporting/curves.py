@@ -22,7 +22,7 @@ _FIRST = (
     "reward", "success", "accuracy", "tool_use", "kl", "length", "loss", "entropy", "ratio",
     "tokens_per_second",
 )  # fmt: skip
-_OF_TOOLS = ("tool_use", "tool_errors")
+OF_TOOLS = ("tool_use", "tool_errors", "tool_calls")  # shown where there are tools, or calls all the same
 _WORDS = {"kl": "KL", "lr": "learning rate", "grad": "gradient", "std": "std. dev.", "frac": "fraction"}
 _WORDS |= {"ppo": "PPO", "chrf": "chrF", "bleu": "BLEU", "ter": "TER", "rouge": "ROUGE"}
 _WORDS |= {f"rouge{kind}": f"ROUGE-{kind}" for kind in ("1", "2", "L")}
@@ -132,7 +132,7 @@ def groups(metrics: Sequence[Mapping[str, Any]]) -> list[Group]:
     for chart in _charts(metrics):
         prefix, slash, _ = chart.name.partition("/")
         members.setdefault(prefix if slash else "", []).append(chart)
-    members[""] = [c for c in members[""] if c.name not in _OF_TOOLS or _happens(c)]
+    members[""] = [c for c in members[""] if c.name not in OF_TOOLS or _happens(c)]
     members[""].sort(key=lambda chart: _rank(chart.name))
     mixed = _environments([chart.name for charts in members.values() for chart in charts])
     environments = {name: _telling(members[name]) for name in mixed}

@@ -14,14 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from etude.reporting.curves import in_words
+from etude.reporting.curves import OF_TOOLS, in_words
 from etude.reporting.episodes import COLORS, visible
 from etude.reporting.terminal import number
 
 Record = Mapping[str, Any]
 CLEAN = "clean"
 _RARE = ("stop/", "tool_errors/")  # shown where they occur
-_OF_TOOLS = ("tool_use", "tool_errors", "tool_calls")  # where there are tools, or calls all the same
 _BETTER = ("success", "pass@", "reward")  # of all episodes, and of each environment's
 
 
@@ -109,7 +108,7 @@ def _by_measure(record: Record, condition: str) -> TextTable:
     models = record["models"]
     measured = [model["conditions"][condition] for model in models.values()]
     has_tools = any(model.get("has_tools", True) for model in models.values())
-    rare = _RARE if has_tools else (*_RARE, *_OF_TOOLS)
+    rare = _RARE if has_tools else (*_RARE, *OF_TOOLS)
     columns, changes = ["", ""], None
     if len(models) > 1:
         columns, changes = ["", "A", "B", "A − B"], record["differences"].get(condition, {})

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from etude.errors import ConfigError, ModelError
+from etude.models.positions import length_limit
 from etude.rewards.scores import check_scores, check_weight
 from etude.types import Episode
 
@@ -82,7 +83,7 @@ class ClassifierReward:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # it is meant
-        self.max_length = _length_limit(self.tokenizer, self.model.config, max_length)
+        self.max_length = length_limit(self.tokenizer, self.model.config, max_length)
         if batch_size > 1:
             _check_padding(self.tokenizer, self.model.config)
         if not self.tokenizer("")["input_ids"] and self.tokenizer.eos_token_id is None:
@@ -162,14 +163,6 @@ def _label_index(label: int | str | None, config: Any) -> int:
     raise ConfigError(
         f"label is {label!r}; expected one of {', '.join(labels)}, or an index from 0 to {len(labels) - 1}"
     )
-
-
-def _length_limit(tokenizer: Any, config: Any, max_length: int | None) -> int | None:
-    if max_length is not None:
-        return max_length
-    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-    # A tokenizer without a limit says 1e30.
-    return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
 
 def _check_padding(tokenizer: Any, config: Any) -> None:

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.encoding import decode
 from etude.data.families import into_passes
 from etude.data.formats import to_episode, to_episodes
-from etude.data.scored import length_limit, pack_scored
+from etude.data.scored import pack_scored
 from etude.errors import ConfigError, ModelError, RewardError
 from etude.models.adapters import base_of, find_adapter
 from etude.models.loading import load_tokenizer
 from etude.models.places import locate
+from etude.models.positions import length_limit
 from etude.models.reward_model import load_reward_model
 from etude.models.score_head import Kind, check_labels
 from etude.models.score_reader import ScoreReader

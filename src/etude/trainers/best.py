@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from etude.errors import ConfigError
+from etude.trainers.run_recorder import is_curve
 
 
 class BestSoFar(TrainerCallback):
@@ -36,8 +37,7 @@ class BestSoFar(TrainerCallback):
         if name not in (metrics or {}):
             if "eval_loss" not in (metrics or {}):
                 return  # one of several data sets, and not the one that counts
-            speed = ("runtime", "per_second")
-            measured = [key for key in metrics or {} if key.startswith("eval_") and not key.endswith(speed)]
+            measured = [key for key, value in (metrics or {}).items() if is_curve(key, value)]
             known = ", ".join(key.removeprefix("eval_") for key in measured)
             raise ConfigError(
                 f"metric_for_best_model is {args.metric_for_best_model!r}, which no evaluation has; expected "

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from etude.data.files import Rows, load_rows
 from etude.data.formats import detect_format
 from etude.data.preferences import to_preference
-from etude.data.scored import answered_ids, length_limit, pack_scored, scored_ids
+from etude.data.scored import answered_ids, pack_scored, scored_ids
 from etude.math.calibration import brier, reliability_bins
 from etude.math.reward_model import centring_penalty, pair_loss, pair_probabilities
+from etude.models.positions import length_limit
 from etude.models.reward_model import add_scoring_adapter, load_reward_model
 from etude.models.score_head import Kind, with_score_head
 from etude.models.score_reader import ScoreReader

@@ -102,7 +102,7 @@ class RunRecorder(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        metrics = {_curve(name): value for name, value in (logs or {}).items() if _is_curve(name, value)}
+        metrics = {_curve(name): value for name, value in (logs or {}).items() if is_curve(name, value)}
         if not metrics or not state.is_world_process_zero:
             return
         run = RunDirectory(args.output_dir)
@@ -135,7 +135,7 @@ def evaluated_at(state: TrainerState, step: int) -> dict[str, float]:
         _curve(name).removeprefix(TWIN): value
         for entry in state.log_history
         for name, value in entry.items()
-        if entry["step"] == step and name.startswith("eval_") and _is_curve(name, value)
+        if entry["step"] == step and name.startswith("eval_") and is_curve(name, value)
     }
 
 
@@ -145,7 +145,8 @@ def last_evaluated(state: TrainerState) -> int | None:
     return max(steps, default=None)
 
 
-def _is_curve(name: str, value: Any) -> bool:
+def is_curve(name: str, value: Any) -> bool:
+    """Whether a number that transformers logs is about learning, not about the run or its speed."""
     about_else = name.startswith(_ABOUT_THE_RUN) or name.endswith(_ABOUT_SPEED)
     return isinstance(value, int | float) and not about_else
 
