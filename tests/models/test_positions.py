@@ -17,10 +17,7 @@ def tiny_opt():
         (tiny_opt, 24),  # its table has two more
         (lambda: make_seq2seq("bart"), 64),
         (lambda: make_seq2seq("t5"), None),
-        (
-            lambda: make("Roberta", "SequenceClassification"),
-            64,
-        ),
+        (lambda: make("Roberta", "SequenceClassification"), 64),  # of 66, two are for padding
     ],
     ids=["opt", "bart", "t5", "roberta"],
 )
